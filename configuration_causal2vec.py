@@ -1,0 +1,185 @@
+"""Configuration of Causal2Vec: one bidirectional encoder, one causal decoder, and how a text is laid out for both.
+
+Invariant: a configuration that can be constructed describes a model that can run. Everything else is refused here, with
+an error that says what would work.
+"""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+# Prompt templates of instruction-tuned decoders (Causal2Vec, appendix A.1), found by a marker in the chat template that
+# the decoder's tokenizer carries: name -> (marker, prompt_head, prompt_tail). Text goes between head and tail.
+PROMPT_TEMPLATES = {
+    "llama-3": ("<|start_header_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_start|>user\n", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<start_of_turn>user\n", "<end_of_turn>"),
+    "inst": ("[INST]", "[INST] ", " [/INST]"),
+    "none": ("", "", ""),
+}
+
+
+class Causal2VecConfig(PreTrainedConfig):
+    """
+    Configuration of a [`Causal2VecModel`].
+
+    Args:
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT's):
+            Any encoder that `AutoModel` knows. A dict needs its `model_type`.
+        decoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to Llama's):
+            Any decoder-only model that `AutoModel` knows. A dict needs its `model_type`.
+        contextual_token_id (`int`, defaults to 0):
+            Id in the decoder's vocabulary that is reserved for the Contextual token's place. Its own embedding is never
+            used and text is never encoded to it.
+        hidden_size (`int`, *optional*):
+            The decoder's hidden size; filled in. An embedding has `2 * hidden_size` numbers.
+        prompt_head (`str`, defaults to `""`):
+            Template text before the instruction. Control tokens in it are encoded as such.
+        prompt_tail (`str`, defaults to `""`):
+            Template text between the input text and the EOS token.
+        text_prefix (`str`, defaults to `""`):
+            What the encoder expects before every text, such as `"query: "`.
+        query_instruction (`str`, *optional*):
+            The instruction that `encode_query` uses unless it is given one.
+        max_seq_length (`int`, defaults to 512):
+            Longest decoder sequence in tokens: head, instruction, Contextual token, text, tail and EOS. Longer texts are
+            cut at their end.
+        icl_max_seq_length (`int`, defaults to 2048):
+            The same limit for inputs with in-context examples.
+        encoder_max_seq_length (`int`, defaults to 512):
+            Longest encoder sequence in tokens, its special tokens included.
+        projector_hidden_size (`int`, *optional*):
+            Width between the projector's two linear layers. Defaults to `hidden_size`.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            Activation between them.
+        projector_bias (`bool`, defaults to `True`):
+            Whether the two linear layers have biases.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value cannot work with the two backbones.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, LlamaConfig
+    >>> config = Causal2VecConfig(encoder_config=BertConfig(), decoder_config=LlamaConfig(), contextual_token_id=0)
+    >>> config.hidden_size
+    4096
+    ```
+    """
+
+    model_type = "causal2vec"
+    sub_configs = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    contextual_token_id: int = 0
+    hidden_size: int | None = None
+    prompt_head: str = ""
+    prompt_tail: str = ""
+    text_prefix: str = ""
+    query_instruction: str | None = None
+    max_seq_length: int = 512
+    icl_max_seq_length: int = 2048
+    encoder_max_seq_length: int = 512
+    projector_hidden_size: int | None = None
+    projector_hidden_act: str = "gelu"
+    projector_bias: bool = True
+
+    def __post_init__(self, **kwargs):
+        if "_attn_implementation_internal" in kwargs:
+            raise ValueError(
+                "`_attn_implementation_internal` is not accepted from a configuration; pass `attn_implementation=` to "
+                "`from_pretrained` instead."
+            )
+        self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
+        self.decoder_config = _sub_config("decoder_config", self.decoder_config, default="llama")
+        super().__post_init__(**kwargs)
+
+        _check_types(self)
+        decoder = self.decoder_config.get_text_config()
+        if self.hidden_size is None:
+            self.hidden_size = decoder.hidden_size
+        elif self.hidden_size != decoder.hidden_size:
+            raise ValueError(
+                f"`hidden_size` must be the decoder's, {decoder.hidden_size}, got {self.hidden_size}. Leave it out."
+            )
+        if self.projector_hidden_size is None:
+            self.projector_hidden_size = self.hidden_size
+        if not 0 <= self.contextual_token_id < decoder.vocab_size:
+            raise ValueError(
+                f"`contextual_token_id` must lie in the decoder's vocabulary, 0 to {decoder.vocab_size - 1}, got "
+                f"{self.contextual_token_id}. Add a token and call `resize_token_embeddings` first."
+            )
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` must be one of {sorted(ACT2FN)}, got {self.projector_hidden_act!r}."
+            )
+        for name, minimum in _MINIMUM.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+        for name, backbone in (
+            ("max_seq_length", decoder),
+            ("icl_max_seq_length", decoder),
+            ("encoder_max_seq_length", self.encoder_config),
+        ):
+            limit = getattr(backbone, "max_position_embeddings", None)
+            if isinstance(limit, int) and limit > 0 and getattr(self, name) > limit:
+                raise ValueError(
+                    f"`{name}` must be at most {limit}, the `max_position_embeddings` of the {backbone.model_type} "
+                    f"backbone, got {getattr(self, name)}."
+                )
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The decoder's text configuration (the encoder's for `encoder=True` alone): vocabulary, layers, cache."""
+        backbone = self.encoder_config if encoder and not decoder else self.decoder_config
+        return backbone.get_text_config()
+
+
+# A decoder row holds at least the slot, one text token and EOS; an encoder row one text token between two specials.
+_MINIMUM = {
+    "max_seq_length": 3,
+    "icl_max_seq_length": 3,
+    "encoder_max_seq_length": 3,
+    "projector_hidden_size": 1,
+}
+
+_TYPES = {
+    "contextual_token_id": int,
+    "prompt_head": str,
+    "prompt_tail": str,
+    "text_prefix": str,
+    "query_instruction": (str, type(None)),
+    "hidden_size": (int, type(None)),
+    "max_seq_length": int,
+    "icl_max_seq_length": int,
+    "encoder_max_seq_length": int,
+    "projector_hidden_size": (int, type(None)),
+    "projector_hidden_act": str,
+    "projector_bias": bool,
+}
+
+
+def _check_types(config: Causal2VecConfig) -> None:
+    for name, expected in _TYPES.items():
+        value = getattr(config, name)
+        is_bool_for_int = isinstance(value, bool) and expected is not bool  # bool is a subclass of int
+        if not isinstance(value, expected) or is_bool_for_int:
+            names = [t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))]
+            raise TypeError(f"`{name}` must be {' or '.join(names)}, got {type(value).__name__}: {value!r}.")
+
+
+def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    if value is None:
+        return AutoConfig.for_model(default)
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict):
+        raise TypeError(f"`{name}` must be a configuration or a dict, got {type(value).__name__}.")
+    if "model_type" not in value:
+        raise ValueError(f"`{name}` needs a `model_type` that AutoModel knows, got keys {sorted(value)}.")
+    return AutoConfig.for_model(**value)
+
+
+__all__ = ["Causal2VecConfig", "PROMPT_TEMPLATES"]

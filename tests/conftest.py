@@ -1,0 +1,157 @@
+"""Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+
+TEXTS = [
+    "How much protein should a female eat?",
+    "As a general guideline, the average requirement of protein for women aged 19 to 70 is 46 grams per day.",
+    "hi",
+    "",
+    "The quick brown fox jumps over the lazy dog, then it runs away from the village and is never seen again.",
+    "Definition of summit for English language learners: the highest point of a mountain.",
+]
+
+DECODERS = {
+    "llama": dict(model_type="llama"),
+    "mistral": dict(model_type="mistral", sliding_window=8),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3"),
+    "gemma2": dict(model_type="gemma2", sliding_window=8),
+    "gemma3": dict(model_type="gemma3_text", sliding_window=8),
+    "phi3": dict(model_type="phi3"),
+    "gpt_neox": dict(model_type="gpt_neox"),
+    "olmo2": dict(model_type="olmo2"),
+}
+ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "modernbert", "xlm-roberta")
+
+
+def decoder_config(family: str, vocab_size: int):
+    values = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,  # large enough for texts to differ
+    )
+    values.update(DECODERS[family])
+    return AutoConfig.for_model(vocab_size=vocab_size, **values)
+
+
+def encoder_config(family: str, vocab_size: int):
+    # 40 positions are fewer than the longest text has tokens; RoBERTa and its kin use 38 of them.
+    values = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, pad_token_id=1)
+    if family == "distilbert":
+        values = dict(dim=24, hidden_dim=40, n_layers=2, n_heads=2, pad_token_id=1)
+    if family == "modernbert":
+        values.update(cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+    return AutoConfig.for_model(
+        family, vocab_size=vocab_size, max_position_embeddings=40, initializer_range=0.2, **values
+    )
+
+
+def decoder_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; adds BOS like Llama's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        TEXTS * 3,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        TEXTS * 3 + ["[ ] sep cls pad mask <>/|"],
+        trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory):
+    """Returns a function from a family's name to a saved folder of a tiny random backbone with its tokenizer."""
+    root = tmp_path_factory.mktemp("backbones")
+
+    def get(family: str) -> str:
+        folder = root / family
+        if not folder.exists():
+            torch.manual_seed(0)
+            if family in DECODERS:
+                tokenizer = decoder_tokenizer()
+                config = decoder_config(family, len(tokenizer))
+            else:
+                tokenizer = wordpiece_tokenizer()
+                config = encoder_config(family, len(tokenizer))
+            AutoModel.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def make_model(backbone_dir):
+    """Returns a function that joins two tiny backbones into a Causal2VecModel."""
+    from modeling_causal2vec import Causal2VecModel
+
+    def make(decoder: str = "llama", encoder: str = "bert", **kwargs):
+        torch.manual_seed(1)
+        model = Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir(encoder), backbone_dir(decoder), **kwargs)
+        for parameter in model.projector.parameters():  # large enough for the Contextual token to matter
+            torch.nn.init.normal_(parameter, std=0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model):
+    return make_model(query_instruction="Given a question, retrieve passages that answer it")

@@ -1,0 +1,287 @@
+"""From texts to the four tensors that Causal2Vec reads (Causal2Vec, section 3.1 and appendix A.1).
+
+The encoder reads the text alone. The decoder reads
+
+    [BOS if its tokenizer adds one] [prompt_head + examples + instruction] [slot] [text] [prompt_tail] [EOS]
+
+where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
+*ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
+the slot stands exactly once, nothing in a text or an instruction is read as a control token, and all rows of a task are
+the same up to the slot.
+"""
+
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer, BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class Causal2VecProcessor(ProcessorMixin):
+    """
+    Holds the decoder's tokenizer (`tokenizer`, in the root of a saved folder) and the encoder's (`encoder_tokenizer`, in
+    a folder of that name), and the layout of a row. See [`Causal2VecConfig`] for the settings.
+
+    Raises:
+        ValueError: the decoder's tokenizer has no EOS token, or the slot is one that text or padding would use.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        encoder_tokenizer,
+        contextual_token_id: int = 0,
+        prompt_head: str = "",
+        prompt_tail: str = "",
+        text_prefix: str = "",
+        max_seq_length: int = 512,
+        icl_max_seq_length: int = 2048,
+        encoder_max_seq_length: int = 512,
+    ):
+        super().__init__(tokenizer, encoder_tokenizer)
+        self.contextual_token_id = contextual_token_id
+        self.prompt_head = prompt_head
+        self.prompt_tail = prompt_tail
+        self.text_prefix = text_prefix
+        self.max_seq_length = max_seq_length
+        self.icl_max_seq_length = icl_max_seq_length
+        self.encoder_max_seq_length = encoder_max_seq_length
+
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The decoder's tokenizer has no EOS token; set `tokenizer.eos_token` to one.")
+        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if contextual_token_id in (tokenizer.eos_token_id, self._pad_token_id):
+            raise ValueError(
+                f"`contextual_token_id` {contextual_token_id} is the EOS or padding token of the decoder's tokenizer; "
+                "the Contextual token needs an id of its own."
+            )
+        # What the tokenizer itself puts before a text: BOS for Llama, Mistral and Gemma, nothing for Qwen.
+        bos_ids = tokenizer("a")["input_ids"][:1]
+        self._bos_ids = bos_ids if tokenizer.bos_token_id in bos_ids else []
+        self._tail_ids = self._encode_trusted(prompt_tail)
+        self._control_tokens = [token for token in tokenizer.get_added_vocab() if token]
+
+    @classmethod
+    def from_config(cls, config, tokenizer, encoder_tokenizer) -> "Causal2VecProcessor":
+        """The processor of a model with this [`Causal2VecConfig`]."""
+        settings = {name: getattr(config, name) for name in PROCESSOR_SETTINGS}
+        return cls(tokenizer, encoder_tokenizer, **settings)
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | Sequence[str | None] | None = None,
+        examples: Sequence[dict] | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """
+        Args:
+            texts (`str` or list of `str`): What to embed; a string is a batch of one. Any string is fine.
+            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text.
+            examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` and
+                optionally its own `"instruction"`; they become part of the head.
+            max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
+                examples to `icl_max_seq_length`.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
+
+        Returns:
+            [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
+            `encoder_attention_mask` (batch, encoder_seq_len) for the encoder, padded to the longest row.
+
+        Raises:
+            TypeError: something that should be a string is not.
+            ValueError: as many instructions as texts were expected, or the head leaves no room for text.
+        """
+        texts = [texts] if isinstance(texts, str) else check_texts(texts)
+        instructions = broadcast_instruction(instruction, len(texts))
+        if max_length is None:
+            max_length = self.icl_max_seq_length if examples else self.max_seq_length
+
+        heads = {text: self.encode_head(text, examples) for text in set(instructions)}
+        rows = [
+            self._build_row(heads[instruction], text_ids, max_length)
+            for instruction, text_ids in zip(instructions, self._encode_plain(self.tokenizer, texts))
+        ]
+        input_ids, attention_mask = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
+        encoder_ids, encoder_attention_mask = self._encode_for_encoder(texts)
+        data = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "encoder_ids": encoder_ids,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
+
+    def encode_head(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
+        """Ids of everything before the slot. The same for every text of a task."""
+        user_part = _clean(format_examples(examples, instruction) + (instruction or ""))
+        if any(token in user_part for token in self._control_tokens):
+            head_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
+        else:
+            head_ids = self._encode_trusted(self.prompt_head + user_part)
+        return self._bos_ids + head_ids
+
+    def _build_row(self, head_ids: list[int], text_ids: list[int], max_length: int) -> list[int]:
+        room = max_length - len(head_ids) - len(self._tail_ids) - 2  # 2: slot and EOS
+        if room < 1:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for text: the head (template, examples, instruction) has "
+                f"{len(head_ids)} tokens, the tail {len(self._tail_ids)}, the Contextual token and EOS 2. Use at least "
+                f"max_length={max_length - room + 1}, or a shorter head."
+            )
+        return [*head_ids, self.contextual_token_id, *text_ids[:room], *self._tail_ids, self.tokenizer.eos_token_id]
+
+    def _encode_for_encoder(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        if not texts:
+            return [], []
+        encoded = self.encoder_tokenizer(
+            [self.text_prefix + _clean(text) for text in texts],
+            truncation=True,
+            max_length=self.encoder_max_seq_length,
+            split_special_tokens=True,
+        )
+        pad_token_id = self.encoder_tokenizer.pad_token_id or 0
+        return _pad(encoded["input_ids"], pad_token_id, self.encoder_tokenizer.padding_side)
+
+    @staticmethod
+    def _encode_plain(tokenizer, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that come from users: what looks like a control token is encoded as the text it is."""
+        if not texts:
+            return []
+        texts = [_clean(text) for text in texts]
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def _encode_trusted(self, template: str) -> list[int]:
+        """Ids of template text, whose control tokens count."""
+        return self.tokenizer(template, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+PROCESSOR_SETTINGS = (
+    "contextual_token_id",
+    "prompt_head",
+    "prompt_tail",
+    "text_prefix",
+    "max_seq_length",
+    "icl_max_seq_length",
+    "encoder_max_seq_length",
+)
+
+
+def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, **hub_kwargs):
+    """
+    Loads the tokenizers that stand beside a saved model. The sub-configurations say which classes they have, so no
+    remote code is asked for.
+
+    Returns:
+        The decoder's tokenizer and the encoder's.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=decoder_config, **hub_kwargs)
+    encoder_tokenizer = AutoTokenizer.from_pretrained(
+        folder_or_id, config=encoder_config, subfolder="encoder_tokenizer", **hub_kwargs
+    )
+    return tokenizer, encoder_tokenizer
+
+
+def format_examples(examples: Sequence[dict] | None, instruction: str | None) -> str:
+    """
+    In-context examples as the head carries them (bge-en-icl's format), each followed by a blank line.
+
+    Raises:
+        TypeError: an example is not a dict of strings.
+        ValueError: an example lacks `query` or `response`.
+    """
+    if examples is None:
+        return ""
+    if isinstance(examples, (str, bytes, dict)) or not isinstance(examples, Sequence):
+        raise TypeError(f'`examples` must be a list of {{"query", "response"}}, got {type(examples).__name__}.')
+    parts = []
+    for position, example in enumerate(examples):
+        if not isinstance(example, dict):
+            raise TypeError(f"Example {position} must be a dict, got {type(example).__name__}: {example!r}.")
+        missing = [key for key in ("query", "response") if key not in example]
+        if missing:
+            raise ValueError(f"Example {position} lacks {missing}; it has {sorted(map(str, example))}.")
+        fields = {"instruction": instruction or "", **example}
+        for key in ("instruction", "query", "response"):
+            if not isinstance(fields[key], str):
+                raise TypeError(f"{key!r} of example {position} must be a string, got {type(fields[key]).__name__}.")
+        parts.append(
+            f"<instruct>{fields['instruction']}\n<query>{fields['query']}\n<response>{fields['response']}\n\n"
+        )
+    return "".join(parts)
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """
+    Returns the texts as a list.
+
+    Raises:
+        TypeError: not a sequence of strings. Says where and what came instead.
+    """
+    if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
+        raise TypeError(f"`texts` must be a string or a list of strings, got {type(texts).__name__}: {texts!r:.80}.")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"`texts` must be a string or a list of strings, got {type(text).__name__} at position {position}: "
+                f"{text!r:.80}."
+            )
+    return texts
+
+
+def broadcast_instruction(instruction: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """
+    One instruction per text.
+
+    Raises:
+        TypeError: neither a string nor a list of strings.
+        ValueError: a list of another length than the texts'.
+    """
+    if instruction is None or isinstance(instruction, str):
+        return [instruction] * count
+    if isinstance(instruction, (bytes, dict)) or not hasattr(instruction, "__iter__"):
+        raise TypeError(
+            f"`instruction` must be a string or a list with one per text, got {type(instruction).__name__}."
+        )
+    instructions = list(instruction)
+    for position, value in enumerate(instructions):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"`instruction` at position {position} must be a string, got {type(value).__name__}.")
+    if len(instructions) != count:
+        raise ValueError(f"Expected one instruction or {count}, one per text, got {len(instructions)}.")
+    return instructions
+
+
+def _clean(text: str) -> str:
+    """Joins surrogate pairs and replaces lone surrogates, which no tokenizer can encode, by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _pad(rows: list[list[int]], pad_token_id: int, padding_side: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Pads to the longest row; returns the rows and their masks."""
+    longest = max(map(len, rows), default=0)
+    padded, masks = [], []
+    for row in rows:
+        padding = longest - len(row)
+        filler, mask = [pad_token_id] * padding, [1] * len(row)
+        padded.append(filler + row if padding_side == "left" else row + filler)
+        masks.append([0] * padding + mask if padding_side == "left" else mask + [0] * padding)
+    return padded, masks
+
+
+Causal2VecProcessor.register_for_auto_class()
+
+__all__ = ["Causal2VecProcessor"]
