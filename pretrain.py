@@ -32,14 +32,18 @@ BOS, EOS, PAD, CONTEXTUAL = "<s>", "</s>", "<pad>", "<|contextual|>"
 class PretrainArguments:
     """What to train on, how large, how long."""
 
-    corpus_dir: str = field(metadata={"help": "Folder of .txt or .txt.zst files: a paragraph a line, blank line between documents."})
+    corpus_dir: str = field(
+        metadata={"help": "Folder of .txt or .txt.zst files: a paragraph a line, blank line between documents."}
+    )
     output_dir: str = field(metadata={"help": "Where the decoder, its tokenizer, checkpoints and pretrain.json go."})
     shards: list[str] | None = field(default=None, metadata={"help": "File stems to use. Default: all in corpus_dir."})
     vocab_size: int = field(default=8192, metadata={"help": "Entries of the BPE vocabulary, special tokens included."})
     hidden_size: int = field(default=384, metadata={"help": "Width of the decoder."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the decoder."})
     intermediate_size: int = field(default=1024, metadata={"help": "Width of the decoder's MLP."})
-    max_tokens: int = field(default=5_000_000, metadata={"help": "Training tokens to prepare, spread over shards by size."})
+    max_tokens: int = field(
+        default=5_000_000, metadata={"help": "Training tokens to prepare, spread over shards by size."}
+    )
     heldout_tokens: int = field(default=100_000, metadata={"help": "Tokens kept back to measure perplexity."})
     seq_len: int = field(default=512, metadata={"help": "Tokens per training row."})
     batch_size: int = field(default=16, metadata={"help": "Rows per step."})
@@ -235,7 +239,11 @@ def main() -> None:
         eval_dataset=TokenRows(output / "heldout.npy", args.seq_len),
         data_collator=default_data_collator,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir) if os.path.isdir(trainer.args.output_dir) else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir)
+        if os.path.isdir(trainer.args.output_dir)
+        else None
+    )
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output))
 

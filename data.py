@@ -1,0 +1,399 @@
+"""Training data: rows from files, batches of one dataset each, collated for Causal2Vec (section 4.1, appendix A).
+
+A data file (recipes/data/*.json) lists datasets; each is a file or Hub id of rows in any of the usual layouts, its
+instructions and its sample ratio. Invariants: all rows of a global batch, over accumulation steps and ranks, come from
+one dataset and share one instruction; every row is seen once per epoch; what a row becomes depends on the seed, the
+epoch and the row alone, so that a resumed run sees what it would have seen.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+QUERY_NAMES = ("query", "anchor", "sentence1", "question")
+POSITIVE_NAMES = ("positive", "sentence2", "answer", "pos")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass
+class DatasetSpec:
+    """
+    One entry of a data file.
+
+    Args:
+        name (`str`): How logs and errors call it.
+        path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory, or a Hub dataset id.
+        instructions (list of `str`): For its queries; several alternate from batch to batch.
+        symmetric (list of `str`): Those of them under which documents carry the instruction too.
+        sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch.
+    """
+
+    name: str
+    path: str
+    instructions: list[str]
+    symmetric: list[str] = field(default_factory=list)
+    sample_ratio: float = 1.0
+
+    def __post_init__(self):
+        if not self.instructions or not all(isinstance(text, str) for text in self.instructions):
+            raise ValueError(
+                f"Dataset {self.name!r} needs a list of at least one instruction, got {self.instructions}."
+            )
+        if not set(self.symmetric) <= set(self.instructions):
+            raise ValueError(f"Dataset {self.name!r}: `symmetric` must list some of its instructions.")
+        if not 0 < self.sample_ratio <= 1:
+            raise ValueError(f"Dataset {self.name!r}: `sample_ratio` must be in (0, 1], got {self.sample_ratio}.")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message holds file, line and reason."""
+
+
+def read_data_file(path: str, names: list[str] | None = None) -> list[DatasetSpec]:
+    """
+    Reads a data file, or only the named datasets of it.
+
+    Raises:
+        ValueError: an unknown or repeated name, an unknown field, or nothing listed.
+    """
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        specs = [DatasetSpec(**entry) for entry in entries]
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: each entry has the fields {list(DatasetSpec.__dataclass_fields__)}: {error}"
+        ) from None
+    by_name = {spec.name: spec for spec in specs}
+    if len(by_name) < len(specs) or not specs:
+        raise ValueError(f"{path} must list at least one dataset, each name once; got {[s.name for s in specs]}.")
+    unknown = [name for name in names or [] if name not in by_name]
+    if unknown:
+        raise ValueError(f"Unknown dataset {unknown}; {path} lists {sorted(by_name)}.")
+    return [by_name[name] for name in names] if names else specs
+
+
+def normalise_row(row: dict, where: str) -> dict:
+    """
+    A row of any layout as `{"query", "positive", "negatives"}`.
+
+    Query: `query` or `anchor`; positive: `positive` (a string or a list, whose first counts); negatives: `negative`,
+    `negatives`, `negative_1` ... `negative_n`.
+
+    Raises:
+        BadRow: a field is missing, empty or of the wrong type.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"{where}: expected an object with query and positive, got {type(row).__name__}")
+    query = next((row[name] for name in QUERY_NAMES if name in row), None)
+    positive = next((row[name] for name in POSITIVE_NAMES if name in row), None)
+    if isinstance(positive, list):
+        positive = positive[0] if positive else None
+    negatives: list = []
+    for name, value in row.items():
+        if name in ("negative", "negatives", "neg") or name.startswith("negative_"):
+            negatives.extend(value if isinstance(value, list) else [] if value is None else [value])
+    for name, value in (("query", query), ("positive", positive), *(("negative", value) for value in negatives)):
+        if value is None:
+            raise BadRow(f"{where}: no {name}; the row has {sorted(row)}")
+        if not isinstance(value, str):
+            raise BadRow(f"{where}: {name} must be a string, got {type(value).__name__}")
+        if not value.strip():
+            raise BadRow(f"{where}: {name} is empty")
+    return {"query": query, "positive": positive, "negatives": negatives}
+
+
+def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
+    """
+    Yields the normalised rows of a .jsonl, .jsonl.gz or .parquet file.
+
+    Raises:
+        BadRow: at the first row that cannot be used, unless `skip_bad_rows`; they are then counted and logged.
+    """
+    skipped = 0
+    for where, row in _raw_rows(path):
+        try:
+            yield normalise_row(_parse(row, where), where)
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise
+            skipped += 1
+            if skipped <= 5:
+                logger.warning("skipped: %s", error)
+    if skipped:
+        logger.warning("%s: skipped %d bad rows", path, skipped)
+
+
+def _raw_rows(path: str) -> Iterator[tuple[str, bytes | dict]]:
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    else:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+
+
+def _parse(row: bytes | dict, where: str) -> dict:
+    if isinstance(row, dict):
+        return row
+    try:
+        return json.loads(row.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{where}: invalid UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: bool = False):
+    """
+    The rows of one dataset as a memory-mapped `datasets.Dataset` with `query`, `positive` and `negatives`.
+
+    Files are read and checked once; the Arrow copy in `cache_dir` is used again until the file changes.
+
+    Raises:
+        BadRow: see `read_rows`.
+        FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
+        ValueError: no usable row.
+    """
+    import datasets
+
+    features = datasets.Features(
+        {
+            "query": datasets.Value("string"),
+            "positive": datasets.Value("string"),
+            "negatives": datasets.List(datasets.Value("string")),
+        }
+    )
+    path = os.path.join(data_dir, spec.path)
+    if os.path.isfile(path):
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
+        stat = os.stat(path)
+        rows = datasets.Dataset.from_generator(
+            _checked_rows,
+            features=features,
+            cache_dir=cache_dir,
+            gen_kwargs={"path": path, "skip": skip_bad_rows, "version": f"{stat.st_size}-{stat.st_mtime_ns}"},
+        )
+    elif spec.path.endswith(SUFFIXES) or spec.path.count("/") > 1:
+        raise FileNotFoundError(f"Dataset {spec.name!r}: no file {path}.")
+    else:
+        source = datasets.load_dataset(spec.path, split="train", cache_dir=cache_dir)
+        rows = datasets.Dataset.from_generator(
+            _checked_hub_rows,
+            features=features,
+            cache_dir=cache_dir,
+            gen_kwargs={"source": source, "name": spec.path, "skip": skip_bad_rows},
+        )
+    if len(rows) == 0:
+        raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
+    return rows
+
+
+def _checked_rows(path: str, skip: bool, version: str) -> Iterator[dict]:
+    yield from read_rows(path, skip)
+
+
+def _checked_hub_rows(source, name: str, skip: bool) -> Iterator[dict]:
+    for number, row in enumerate(source):
+        try:
+            yield normalise_row(row, f"{name}, row {number}")
+        except BadRow:
+            if not skip:
+                raise
+
+
+class Key(NamedTuple):
+    """Which row of which dataset a place in a batch holds, and what it is dressed in."""
+
+    dataset: int
+    row: int
+    epoch: int
+    instruction: int
+
+
+@dataclass
+class Example:
+    """One training row, ready to collate."""
+
+    dataset: str
+    row: int
+    query: str
+    positive: str
+    negatives: list[str]
+    instruction: str
+    document_instruction: str | None
+    examples: list[dict]
+
+
+class TrainingData(torch.utils.data.Dataset):
+    """
+    All datasets of a run; `self[key]` gives an [`Example`].
+
+    Args:
+        specs, rows: The datasets, in the same order.
+        num_negatives (`int`): Hard negatives per row, drawn from those it has.
+        max_examples (`int`): In-context examples per query: 0 to this many, drawn at random.
+        seed (`int`): Of all draws.
+    """
+
+    def __init__(
+        self, specs: list[DatasetSpec], rows: list, num_negatives: int = 1, max_examples: int = 0, seed: int = 42
+    ):
+        self.specs, self.rows = specs, rows
+        self.num_negatives, self.max_examples, self.seed = num_negatives, max_examples, seed
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def __getitem__(self, key: Key) -> Example:
+        spec, rows = self.specs[key.dataset], self.rows[key.dataset]
+        row = rows[key.row]
+        rng = random.Random(f"{self.seed} {key.dataset} {key.row} {key.epoch}")
+        instruction = spec.instructions[key.instruction]
+        negatives = row["negatives"]
+        if len(negatives) > self.num_negatives:
+            negatives = rng.sample(negatives, self.num_negatives)
+        return Example(
+            dataset=spec.name,
+            row=key.row,
+            query=row["query"],
+            positive=row["positive"],
+            negatives=list(negatives),
+            instruction=instruction,
+            document_instruction=instruction if instruction in spec.symmetric else None,
+            examples=self._draw_examples(rows, row, rng) if self.max_examples else [],
+        )
+
+    def _draw_examples(self, rows, row: dict, rng: random.Random) -> list[dict]:
+        """0 to `max_examples` other rows, none with this row's query or positive."""
+        wanted = rng.randint(0, self.max_examples)
+        own = {row["query"], row["positive"]}
+        examples: list[dict] = []
+        for index in rng.sample(range(len(rows)), min(len(rows), 4 * self.max_examples)):
+            if len(examples) == wanted:
+                break
+            other = rows[index]
+            if not own & {other["query"], other["positive"]}:
+                examples.append({"query": other["query"], "response": other["positive"]})
+        return examples
+
+
+class SingleDatasetBatchSampler:
+    """
+    Yields micro-batches of [`Key`]s, epoch after epoch, until `num_global_batches` global batches are complete.
+
+    The `micro_batches` micro-batches of a global batch (accumulation steps x ranks) follow each other, so accelerate
+    deals them to the ranks as they come. A dataset's rows that do not fill a global batch are dropped for that epoch;
+    they are other rows in the next.
+
+    Raises:
+        ValueError: a dataset has fewer rows than a global batch.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        batch_size: int,
+        micro_batches: int = 1,
+        num_global_batches: int | None = None,
+        seed: int = 42,
+    ):
+        self.data, self.batch_size, self.micro_batches, self.seed = data, batch_size, micro_batches, seed
+        self.drop_last = True  # accelerate asks for it
+        self.global_batch_size = batch_size * micro_batches
+        self.rows_per_epoch = [int(len(rows) * spec.sample_ratio) for spec, rows in zip(data.specs, data.rows)]
+        for spec, count in zip(data.specs, self.rows_per_epoch):
+            if count < self.global_batch_size:
+                raise ValueError(
+                    f"Dataset {spec.name!r} gives {count} rows per epoch, fewer than the {self.global_batch_size} of a "
+                    "global batch. Use smaller batches, a larger sample_ratio, or leave it out."
+                )
+        self.global_batches_per_epoch = sum(count // self.global_batch_size for count in self.rows_per_epoch)
+        self.num_global_batches = num_global_batches or self.global_batches_per_epoch
+
+    def __len__(self) -> int:
+        return self.num_global_batches * self.micro_batches
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows per epoch and dataset that do not fill a global batch."""
+        return {spec.name: count % self.global_batch_size for spec, count in zip(self.data.specs, self.rows_per_epoch)}
+
+    def epoch(self, epoch: int) -> list[list[Key]]:
+        """The global batches of one epoch, in order."""
+        rng = random.Random(f"{self.seed} {epoch}")
+        batches = []
+        for index, (spec, rows) in enumerate(zip(self.data.specs, self.data.rows)):
+            chosen = rng.sample(range(len(rows)), self.rows_per_epoch[index])
+            for number in range(len(chosen) // self.global_batch_size):
+                instruction = (number + epoch) % len(spec.instructions)
+                part = chosen[number * self.global_batch_size : (number + 1) * self.global_batch_size]
+                batches.append([Key(index, row, epoch, instruction) for row in part])
+        rng.shuffle(batches)
+        return batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        done = epoch = 0
+        while done < self.num_global_batches:
+            for batch in self.epoch(epoch)[: self.num_global_batches - done]:
+                for start in range(0, self.global_batch_size, self.batch_size):
+                    yield batch[start : start + self.batch_size]
+                done += 1
+            epoch += 1
+
+
+class Collator:
+    """
+    Makes the tensors of a micro-batch: `queries` and `documents` (positives first, then all hard negatives), each the
+    processor's four tensors, and `query_ids` (batch,), `document_ids` (documents,): one number per distinct text, by
+    which the loss knows duplicates on every rank. `dataset` and `rows` say where it came from.
+    """
+
+    def __init__(self, processor, max_length: int | None = None):
+        self.processor, self.max_length = processor, max_length
+
+    def __call__(self, batch: list[Example]) -> dict:
+        queries = [example.query for example in batch]
+        documents = [example.positive for example in batch] + [text for e in batch for text in e.negatives]
+        return {
+            "queries": self.encode_queries(batch),
+            "documents": dict(self.processor(documents, batch[0].document_instruction, max_length=self.max_length)),
+            "query_ids": torch.tensor([text_id(text) for text in queries]),
+            "document_ids": torch.tensor([text_id(text) for text in documents]),
+            "dataset": batch[0].dataset,
+            "rows": [example.row for example in batch],
+        }
+
+    def encode_queries(self, batch: list[Example]) -> dict:
+        return dict(
+            self.processor(
+                [example.query for example in batch],
+                batch[0].instruction,
+                examples=[example.examples for example in batch] if any(e.examples for e in batch) else None,
+                max_length=None if any(e.examples for e in batch) else self.max_length,
+            )
+        )
+
+
+def text_id(text: str) -> int:
+    """The same 63-bit number for the same text in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

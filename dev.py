@@ -1,0 +1,116 @@
+"""Development scores during training: a local pack in mteb's layout (STS or retrieval) or rows held out of training.
+
+Never a test set: choices made by these numbers belong to data that no result is reported on.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class STSDev:
+    """Sentence pairs with gold scores; scored by Spearman's correlation of their cosines."""
+
+    name: str
+    first: list[str]
+    second: list[str]
+    gold: list[float]
+    instruction: str | None
+
+    def score(self, model, **kwargs) -> float:
+        from scipy.stats import spearmanr
+
+        first = model.encode(self.first, instruction=self.instruction, convert_to_tensor=True, **kwargs)
+        second = model.encode(self.second, instruction=self.instruction, convert_to_tensor=True, **kwargs)
+        return float(spearmanr((first * second).sum(-1), self.gold).statistic)
+
+
+@dataclass
+class RetrievalDev:
+    """Queries, a corpus, and which documents (by place) answer which query; scored by nDCG@10."""
+
+    name: str
+    queries: list[str]
+    corpus: list[str]
+    relevant: list[set[int]]
+    instruction: str | None
+
+    def score(self, model, **kwargs) -> float:
+        queries = model.encode(self.queries, instruction=self.instruction, convert_to_tensor=True, **kwargs)
+        corpus = model.encode(self.corpus, convert_to_tensor=True, **kwargs)
+        best = (queries @ corpus.T).topk(min(10, len(self.corpus))).indices  # (queries, 10)
+        return ndcg_at_10(best.tolist(), self.relevant)
+
+
+def ndcg_at_10(ranked: Sequence[Sequence[int]], relevant: Sequence[set[int]]) -> float:
+    """Mean over queries of the discounted gain of the relevant documents among the first ten, over the best possible."""
+    discount = 1 / torch.log2(torch.arange(2, 12).double())  # (10,)
+    scores = []
+    for documents, wanted in zip(ranked, relevant, strict=True):
+        gains = torch.tensor([document in wanted for document in documents[:10]]).double()
+        scores.append(float((gains * discount[: len(gains)]).sum() / discount[: min(10, len(wanted))].sum()))
+    return sum(scores) / len(scores)
+
+
+def load_pack(folder: str, instruction: str | None, limit: int | None = None) -> STSDev | RetrievalDev:
+    """
+    Reads a local pack: `sentence1`, `sentence2`, `score` columns, or the configs `corpus`, `queries`, `default`.
+
+    Raises:
+        ValueError: the folder is neither.
+    """
+    import datasets
+
+    name = os.path.basename(os.path.normpath(folder))
+    configs = datasets.get_dataset_config_names(folder)
+    if {"corpus", "queries"} <= set(configs):
+        corpus, queries, qrels = (_only_split(folder, config) for config in ("corpus", "queries", "default"))
+        places = {row["_id"]: place for place, row in enumerate(corpus)}
+        relevant: dict[str, set[int]] = {}
+        for row in qrels:
+            if row["score"] > 0 and row["corpus-id"] in places:
+                relevant.setdefault(row["query-id"], set()).add(places[row["corpus-id"]])
+        asked = [row for row in queries if row["_id"] in relevant][:limit]
+        return RetrievalDev(
+            name,
+            [row["text"] for row in asked],
+            [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus],
+            [relevant[row["_id"]] for row in asked],
+            instruction,
+        )
+    rows = _only_split(folder, configs[0])
+    if not {"sentence1", "sentence2", "score"} <= set(rows.column_names):
+        raise ValueError(
+            f"{folder} is neither an STS pack (sentence1, sentence2, score) nor a retrieval pack (configs corpus, "
+            f"queries, default): it has the configs {configs} and columns {rows.column_names}."
+        )
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    return STSDev(name, rows["sentence1"][:], rows["sentence2"][:], rows["score"][:], instruction)
+
+
+def _only_split(folder: str, config: str):
+    import datasets
+
+    splits = datasets.load_dataset(folder, config)
+    return splits["test"] if "test" in splits else next(iter(splits.values()))
+
+
+def held_out(rows, spec, count: int, seed: int):
+    """
+    Splits rows in two: those to train on, and a [`RetrievalDev`] whose queries are `count` others. No row to train on
+    has the query or the positive of one held out.
+    """
+    shuffled = rows.shuffle(seed=seed)
+    dev = shuffled.select(range(count))
+    known = set(dev["query"]) | set(dev["positive"])
+    rest = shuffled.select(range(count, len(rows)))
+    rest = rest.select([i for i, row in enumerate(rest) if row["query"] not in known and row["positive"] not in known])
+    corpus = sorted({text for row in dev for text in (row["positive"], *row["negatives"])})
+    places = {text: place for place, text in enumerate(corpus)}
+    answers: dict[str, set[int]] = {}
+    for row in dev:
+        answers.setdefault(row["query"], set()).add(places[row["positive"]])
+    return rest, RetrievalDev(spec.name, list(answers), corpus, list(answers.values()), spec.instructions[0])

@@ -1,0 +1,180 @@
+"""InfoNCE over cosine similarities (section 3.4), gathered over ranks, with Matryoshka dims and GradCache.
+
+    loss_i = -log exp(cos(q_i, d_i) / tau) / sum_j exp(cos(q_i, d_j) / tau)
+
+where j runs over the positives and hard negatives of all rows on all ranks, less those known to be positives of i.
+GradCache (arXiv 2101.06983) computes the same loss over a batch that does not fit in memory: embed all mini-batches
+without a graph, take the loss's gradient with respect to the embeddings, then embed each mini-batch again with a graph
+and the same random state, and push its part of that gradient through. Invariant: its gradients are the full batch's.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from modeling_causal2vec import truncate_embeddings
+
+
+class InfoNCE(torch.nn.Module):
+    """
+    Args:
+        temperature (`float`, defaults to 0.05): tau.
+        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, both halves cut
+            alike; the result is the mean over all sizes.
+
+    Raises:
+        ValueError: the temperature is not positive, or a size is odd or not positive.
+    """
+
+    def __init__(self, temperature: float = 0.05, matryoshka_dims: Sequence[int] | None = None):
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        self.temperature = temperature
+        self.matryoshka_dims = sorted(set(matryoshka_dims or ()), reverse=True)
+        if any(dim < 2 or dim % 2 for dim in self.matryoshka_dims):
+            raise ValueError(f"`matryoshka_dims` must be even and positive, got {self.matryoshka_dims}.")
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        documents: torch.Tensor,
+        query_ids: torch.Tensor,
+        document_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            queries (`(batch, dim)`): Embeddings of this rank's queries.
+            documents (`(batch + negatives, dim)`): Of this rank's documents, the positive of query i at place i.
+            query_ids, document_ids: One number per distinct text, of the shapes above less `dim`.
+
+        Returns:
+            The mean loss of this rank's queries. Averaged over ranks, as DistributedDataParallel averages gradients,
+            it is the loss of the whole batch.
+        """
+        all_query_ids, all_documents, all_document_ids, offset = query_ids, documents, document_ids, 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            all_query_ids = torch.cat(_gather(query_ids))  # (queries on all ranks,)
+            positives = _gather(documents[: len(queries)])
+            negatives = _gather(documents[len(queries) :])
+            all_documents = torch.cat(positives + negatives)  # (all documents, dim), all positives first
+            all_document_ids = torch.cat(_gather(document_ids[: len(queries)]) + _gather(document_ids[len(queries) :]))
+            offset = sum(len(part) for part in positives[: dist.get_rank()])
+        known = known_positives(query_ids, document_ids[: len(queries)], all_query_ids, all_document_ids, offset)
+
+        sizes = self.matryoshka_dims or [queries.shape[-1]]
+        if queries.shape[-1] not in sizes:
+            sizes = [queries.shape[-1], *sizes]
+        losses = [self._at_size(queries.float(), all_documents.float(), known, offset, size) for size in sizes]
+        return torch.stack(losses).mean()
+
+    def _at_size(self, queries, documents, known, offset: int, size: int) -> torch.Tensor:
+        queries = F.normalize(truncate_embeddings(queries, size), dim=-1)  # (batch, size)
+        documents = F.normalize(truncate_embeddings(documents, size), dim=-1)  # (all documents, size)
+        scores = (queries @ documents.T / self.temperature).masked_fill(known, float("-inf"))
+        return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
+
+
+def known_positives(
+    query_ids: torch.Tensor,
+    positive_ids: torch.Tensor,
+    all_query_ids: torch.Tensor,
+    all_document_ids: torch.Tensor,
+    offset: int = 0,
+) -> torch.Tensor:
+    """
+    Which documents must not count as negatives of which query: `(batch, all documents)`, never the query's own place.
+
+    A document is known to be a positive when it has the text of the query's own positive, or is the positive of a row
+    with the same query. A row's own mined negatives stay, as they have another text.
+    """
+    known = positive_ids[:, None] == all_document_ids[None]  # (batch, all documents)
+    known[:, : len(all_query_ids)] |= query_ids[:, None] == all_query_ids[None]
+    own = torch.arange(len(query_ids), device=known.device)
+    known[own, own + offset] = False
+    return known
+
+
+def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor of every rank, of whatever length, with gradients (summed over the ranks that used it)."""
+    from torch.distributed.nn.functional import all_gather
+
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    longest = max(int(n) for n in lengths)
+    padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
+    padded = torch.cat([tensor, padding])  # (longest, ...)
+    if tensor.requires_grad:
+        parts = all_gather(padded)
+    else:
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+    return [part[: int(n)] for part, n in zip(parts, lengths)]
+
+
+class RandomState:
+    """The state of torch's generators at one moment, to run the same dropout again."""
+
+    def __init__(self):
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=range(len(self.cuda))):
+            torch.set_rng_state(self.cpu)
+            if self.cuda:
+                torch.cuda.set_rng_state_all(self.cuda)
+            yield
+
+
+def gradcache_backward(
+    embed: Callable[[dict], torch.Tensor],
+    loss_from: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    groups: Sequence[Sequence[dict]],
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> torch.Tensor:
+    """
+    Accumulates into the parameters the gradients that `loss_from([embed(all of group) for group in groups])` has.
+
+    Args:
+        embed: From one mini-batch to embeddings `(rows, dim)`.
+        loss_from: From one `(all rows, dim)` tensor per group to the loss.
+        groups: Per group (queries, documents) its mini-batches.
+        backward: How a scalar is sent backward, such as `accelerator.backward`.
+        no_sync: Context in which gradients are not reduced over ranks; entered for all mini-batches but the last.
+
+    Returns:
+        The loss, without a graph.
+    """
+    states: list[list[RandomState]] = []
+    cached: list[torch.Tensor] = []
+    with torch.no_grad():
+        for batches in groups:
+            states.append([])
+            parts = []
+            for batch in batches:
+                states[-1].append(RandomState())
+                parts.append(embed(batch))
+            cached.append(torch.cat(parts))
+    cached = [embeddings.detach().requires_grad_() for embeddings in cached]
+    loss = loss_from(cached)
+    gradients = torch.autograd.grad(loss, cached)
+
+    total = sum(map(len, groups))
+    done = 0
+    for batches, batch_states, gradient in zip(groups, states, gradients):
+        start = 0
+        for batch, state in zip(batches, batch_states):
+            done += 1
+            with no_sync() if done < total else contextlib.nullcontext(), state.replay():
+                embeddings = embed(batch)  # (rows, dim)
+                part = gradient[start : start + len(embeddings)]
+                backward((embeddings * part).sum())
+            start += len(embeddings)
+    return loss.detach()

@@ -1,0 +1,220 @@
+"""Rows of every layout, broken rows, single-dataset batches, in-context examples."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from data import (
+    BadRow,
+    Collator,
+    DatasetSpec,
+    SingleDatasetBatchSampler,
+    TrainingData,
+    load_rows,
+    normalise_row,
+    read_data_file,
+    read_rows,
+    text_id,
+)
+
+
+def rows_of(name, count, negatives=0):
+    return [
+        {
+            "query": f"{name} query {i}",
+            "positive": f"{name} positive {i}",
+            "negatives": [f"{name} negative {i} {j}" for j in range(negatives)],
+        }
+        for i in range(count)
+    ]
+
+
+def training_data(**kwargs):
+    specs = [
+        DatasetSpec("a", "a.jsonl", ["find a"]),
+        DatasetSpec("b", "b.jsonl", ["find b", "similar b"], symmetric=["similar b"]),
+        DatasetSpec("c", "c.jsonl", ["find c"], sample_ratio=0.5),
+    ]
+    return TrainingData(specs, [rows_of("a", 21, 3), rows_of("b", 16), rows_of("c", 40, 1)], **kwargs)
+
+
+@pytest.mark.parametrize(
+    "row, negatives",
+    [
+        ({"query": "q", "positive": "p", "negative": "n"}, ["n"]),
+        ({"query": "q", "positive": "p", "negatives": ["n", "m"]}, ["n", "m"]),
+        ({"query": "q", "positive": "p", "negatives": []}, []),
+        ({"anchor": "q", "positive": "p"}, []),
+        ({"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m"}, ["n", "m"]),
+        ({"query": "q", "positive": ["p", "other"], "negative": ["n"]}, ["n"]),
+        ({"sentence1": "q", "sentence2": "p"}, []),
+    ],
+)
+def test_layouts(row, negatives):
+    assert normalise_row(row, "here") == {"query": "q", "positive": "p", "negatives": negatives}
+
+
+BROKEN = [
+    (b'{"query": "q"}', "no positive"),
+    (b'{"query": "", "positive": "p"}', "query is empty"),
+    (b'{"query": "q", "positive": "  "}', "positive is empty"),
+    (b'{"query": 5, "positive": "p"}', "query must be a string, got int"),
+    (b'{"query": "q", "positive": "p", "negatives": ["n", null]}', "no negative"),
+    (b'["q", "p"]', "expected an object"),
+    (b'{"query": "q", "positive": "p\xff"}', "invalid UTF-8 at byte 30"),
+    (b'{"query": "q", ', "not JSON"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BROKEN)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_broken_rows_stop_with_file_line_and_reason(tmp_path, line, reason, suffix):
+    path = str(tmp_path / f"rows{suffix}")
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wb") as file:
+        file.write(b'{"query": "q", "positive": "p"}\n\n' + line + b"\n")
+    with pytest.raises(BadRow) as error:
+        list(read_rows(path))
+    assert f"{path}, line 3: " in str(error.value) and reason in str(error.value)
+
+
+def test_broken_rows_are_counted_when_skipped(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line, _ in BROKEN) + b'{"query": "q", "positive": "p"}\n')
+    assert [row["query"] for row in read_rows(str(path), skip_bad_rows=True)] == ["q"]
+    assert f"skipped {len(BROKEN)} bad rows" in caplog.text
+
+
+def test_files_become_memory_mapped_rows(tmp_path):
+    import datasets
+
+    rows = rows_of("x", 5, 2)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.parquet"):
+        loaded = load_rows(DatasetSpec("x", name, ["find"]), str(tmp_path), str(tmp_path / "cache"))
+        assert loaded.to_list() == rows
+        assert loaded.cache_files
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "x.jsonl"
+    spec = DatasetSpec("x", "x.jsonl", ["find"])
+    path.write_text(json.dumps({"query": "old", "positive": "p"}) + "\n")
+    assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["old"]
+    path.write_text(json.dumps({"query": "newer", "positive": "p"}) + "\n")
+    assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["newer"]
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_rows(DatasetSpec("x", "x.jsonl", ["find"]), str(tmp_path), str(tmp_path / "cache"))
+    (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no usable row"):
+        load_rows(DatasetSpec("x", "x.jsonl", ["find"]), str(tmp_path), str(tmp_path / "cache"))
+
+
+def test_data_files(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"name": "a", "path": "a.jsonl", "instructions": ["find"]}]))
+    assert [spec.name for spec in read_data_file(str(path))] == ["a"]
+    with pytest.raises(ValueError, match=r"Unknown dataset \['b'\].*lists \['a'\]"):
+        read_data_file(str(path), ["b"])
+    for entries, message in (
+        ([], "at least one dataset"),
+        ([{"name": "a", "path": "a", "instructions": []}], "at least one instruction"),
+        ([{"name": "a", "path": "a", "instructions": ["f"], "sample_ratio": 2}], "sample_ratio"),
+        ([{"name": "a", "path": "a", "instructions": ["f"], "symmetric": ["g"]}], "symmetric"),
+        ([{"name": "a", "path": "a", "instructions": ["f"], "ratio": 1}], "each entry has the fields"),
+    ):
+        path.write_text(json.dumps(entries))
+        with pytest.raises(ValueError, match=message):
+            read_data_file(str(path))
+
+
+def test_a_global_batch_has_one_dataset_and_one_instruction():
+    sampler = SingleDatasetBatchSampler(training_data(), batch_size=2, micro_batches=4, num_global_batches=9)
+    micro = list(sampler)
+    assert len(micro) == len(sampler) == 36
+    for start in range(0, 36, 4):
+        keys = [key for batch in micro[start : start + 4] for key in batch]
+        assert len(keys) == 8
+        assert len({(key.dataset, key.epoch, key.instruction) for key in keys}) == 1
+
+
+def test_every_row_is_seen_once_per_epoch_and_the_remainder_reported():
+    sampler = SingleDatasetBatchSampler(training_data(), batch_size=4, micro_batches=2)
+    assert sampler.dropped == {"a": 5, "b": 0, "c": 4}
+    for epoch in (0, 1):
+        seen = Counter((key.dataset, key.row) for batch in sampler.epoch(epoch) for key in batch)
+        assert set(seen.values()) == {1}
+        assert Counter(dataset for dataset, _ in seen) == {0: 16, 1: 16, 2: 16}
+    assert {k.row for b in sampler.epoch(0) for k in b if k.dataset == 2} != {
+        k.row for b in sampler.epoch(1) for k in b if k.dataset == 2
+    }
+
+
+def test_order_depends_on_the_seed_alone():
+    def order(seed):
+        return list(SingleDatasetBatchSampler(training_data(), 4, 2, num_global_batches=12, seed=seed))
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_instructions_alternate():
+    data = training_data()
+    batches = SingleDatasetBatchSampler(data, 4, 1, num_global_batches=40).epoch(0)
+    assert Counter(batch[0].instruction for batch in batches if batch[0].dataset == 1) == {0: 2, 1: 2}
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="'b' gives 16 rows per epoch, fewer than the 18"):
+        SingleDatasetBatchSampler(training_data(), 18)
+
+
+def test_documents_carry_the_instruction_only_when_symmetric():
+    data = training_data()
+    by_instruction = {}
+    for batch in SingleDatasetBatchSampler(data, 4).epoch(0):
+        example = data[batch[0]]
+        by_instruction[example.instruction] = example.document_instruction
+    assert by_instruction == {"find a": None, "find b": None, "similar b": "similar b", "find c": None}
+
+
+def test_in_context_examples_never_hold_the_row_itself():
+    rows = rows_of("a", 30) + [{"query": "a query 3", "positive": "a positive 4", "negatives": []}]
+    data = TrainingData([DatasetSpec("a", "a", ["find"])], [rows], max_examples=5)
+    counts = Counter()
+    for batch in SingleDatasetBatchSampler(data, 31, num_global_batches=20):
+        for key in batch:
+            example = data[key]
+            counts[len(example.examples)] += 1
+            texts = {text for shot in example.examples for text in shot.values()}
+            assert not texts & {example.query, example.positive}
+            assert data[key] == example  # drawn from the seed, the epoch and the row
+    assert set(counts) == {0, 1, 2, 3, 4, 5} and min(counts.values()) > 50
+
+
+def test_the_collator_gives_positives_then_negatives(tiny_model):
+    data = training_data(num_negatives=2)
+    batch = [data[key] for key in next(b for b in SingleDatasetBatchSampler(data, 4).epoch(0) if b[0].dataset == 0)]
+    tensors = Collator(tiny_model.processor)(batch)
+    documents = [e.positive for e in batch] + [text for e in batch for text in e.negatives]
+    assert len(documents) == 12
+    assert tensors["document_ids"].tolist() == [text_id(text) for text in documents]
+    expected = tiny_model.processor(documents)
+    assert tensors["documents"]["input_ids"].equal(expected["input_ids"])
+    assert tensors["queries"]["input_ids"].equal(tiny_model.processor([e.query for e in batch], "find a")["input_ids"])
+    assert tensors["dataset"] == "a" and tensors["rows"] == [e.row for e in batch]
+
+
+def test_the_collator_gives_each_query_its_own_examples(tiny_model):
+    data = TrainingData([DatasetSpec("a", "a", ["find"])], [rows_of("a", 30)], max_examples=3)
+    batch = [data[key] for key in SingleDatasetBatchSampler(data, 8).epoch(0)[0]]
+    assert len({len(e.examples) for e in batch}) > 1
+    tensors = Collator(tiny_model.processor)(batch)
+    for place, example in enumerate(batch):
+        alone = tiny_model.processor(example.query, "find", examples=example.examples or None)["input_ids"][0]
+        ids = tensors["queries"]["input_ids"][place]
+        assert ids[tensors["queries"]["attention_mask"][place].bool()].equal(alone)

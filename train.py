@@ -1,0 +1,531 @@
+"""Trains a Causal2Vec model: InfoNCE with LoRA or in full, as in the paper's recipes (section 4.1, appendix A).
+
+    python train.py recipes/tiny.json
+    python train.py recipes/tiny.json --output_dir runs/mine --resume
+
+A recipe is a JSON file of the arguments below; flags behind it win over it. Everything around the loss is transformers'
+Trainer: logging, checkpoints, resuming, accelerate, FSDP, DeepSpeed. Left in `output_dir`: `model/` (a complete folder
+that loads with AutoModel), with LoRA also `adapter/` (for PeftModel), `training.json` and `training.png`.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from card import write_card
+from data import Collator, SingleDatasetBatchSampler, TrainingData, load_rows, read_data_file
+from losses import InfoNCE, gradcache_backward
+from modeling_causal2vec import Causal2VecModel
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent
+COMPLETE = "complete"  # written into a checkpoint's folder when all of it is on disk
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which of its parameters."""
+
+    model: str | None = field(default=None, metadata={"help": "Causal2Vec folder or Hub id to go on from."})
+    encoder: str | None = field(default=None, metadata={"help": "Without --model: encoder to join, folder or Hub id."})
+    decoder: str | None = field(default=None, metadata={"help": "Without --model: decoder to join, folder or Hub id."})
+    dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained is kept in float32."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
+    train_decoder: str = field(
+        default="lora", metadata={"help": "lora, full or frozen.", "choices": ["lora", "full", "frozen"]}
+    )
+    train_encoder: str = field(
+        default="frozen", metadata={"help": "lora, full or frozen.", "choices": ["lora", "full", "frozen"]}
+    )
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    prompt_head: str | None = field(
+        default=None, metadata={"help": "Template before the instruction. Default: the decoder's."}
+    )
+    prompt_tail: str | None = field(default=None, metadata={"help": "Template after the text. Default: the decoder's."})
+    text_prefix: str = field(default="", metadata={"help": "What the encoder expects before every text."})
+    query_instruction: str | None = field(default=None, metadata={"help": "encode_query's default instruction."})
+    max_seq_length: int = field(
+        default=512, metadata={"help": "The model's limit of the decoder's sequence, in tokens."}
+    )
+    icl_max_seq_length: int = field(default=2048, metadata={"help": "The same with in-context examples."})
+    encoder_max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "The model's limit of the encoder's sequence. Default: 512 or what the encoder has."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_file: str | None = field(default=None, metadata={"help": "JSON list of datasets, see recipes/data/."})
+    data_dir: str = field(default=".", metadata={"help": "Folder that the data file's paths are relative to."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Names in the data file to use. Default: all."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Count and leave out rows that cannot be used instead of stopping."}
+    )
+    num_negatives: int = field(default=1, metadata={"help": "Hard negatives per row, as far as it has them."})
+    max_examples: int = field(default=0, metadata={"help": "In-context examples per query: 0 to this many, at random."})
+    train_max_length: int | None = field(
+        default=None, metadata={"help": "Decoder tokens per row in training. Default: the model's limit."}
+    )
+    dev_rows: int = field(default=0, metadata={"help": "Rows per dataset to hold out for the dev score (nDCG@10)."})
+    dev_pack: str | None = field(
+        default=None, metadata={"help": "Folder of an STS or retrieval pack in mteb's layout as dev set."}
+    )
+    dev_instruction: str | None = field(default=None, metadata={"help": "Instruction for dev_pack."})
+
+
+@dataclass
+class Causal2VecTrainingArguments(TrainingArguments):
+    """How it is trained: transformers' own arguments, the loss's, and this script's."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=300, metadata={"help": "Steps to the peak."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; training stops here."})
+    scheduler_steps: int | None = field(
+        default=None,
+        metadata={"help": "Step at which the linear decay reaches zero. Default: max_steps; the paper: twice that."},
+    )
+    temperature: float = field(default=0.05, metadata={"help": "Of InfoNCE."})
+    gradcache: bool = field(
+        default=False,
+        metadata={
+            "help": "All rows of a global batch are negatives of each other: the accumulation steps become mini-batches of one batch."
+        },
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Embedding sizes at which the loss is taken too."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir, if any."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and one batch, train nothing."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for Trainer; batches are nested."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where logs go besides training.json."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept off: a loss that is not finite stops the run."}
+    )
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss of a batch is NaN or infinite; the message names the batch."""
+
+
+class Causal2VecTrainer(Trainer):
+    """
+    Trainer whose batches come from [`SingleDatasetBatchSampler`] and whose loss is [`InfoNCE`].
+
+    Args:
+        loss ([`InfoNCE`]): The loss.
+        sampler ([`SingleDatasetBatchSampler`]): Makes all batches of the run, so that a run is one epoch to Trainer.
+        dev_sets (list): Objects with a `name` and `score(model)`; see dev.py.
+        mini_batch_size (`int`, *optional*): With GradCache, the rows embedded at a time.
+    """
+
+    def __init__(self, *args, loss: InfoNCE, sampler, dev_sets=(), mini_batch_size: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss, self.sampler, self.dev_sets, self.mini_batch_size = loss, sampler, dev_sets, mini_batch_size
+        self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
+
+    def get_train_dataloader(self):
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer or self.optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=self.args.scheduler_steps or num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        eval_frozen_towers(self.model)
+        queries = model(**inputs["queries"]).embeddings  # (batch, 2 * hidden_size)
+        documents = model(**inputs["documents"]).embeddings  # (batch + negatives, 2 * hidden_size)
+        loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
+        self._check_finite(loss, inputs)
+        return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.mini_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        eval_frozen_towers(self.model)
+        inputs = self._prepare_inputs(inputs)
+
+        def embed(batch: dict) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return model(**batch).embeddings.float()
+
+        def loss_from(embeddings):
+            loss = self.loss(*embeddings, inputs["query_ids"], inputs["document_ids"])
+            self._check_finite(loss, inputs)
+            return loss
+
+        groups = [split_batch(inputs[side], self.mini_batch_size) for side in ("queries", "documents")]
+        return gradcache_backward(
+            embed, loss_from, groups, self.accelerator.backward, lambda: self.accelerator.no_sync(model)
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes `encode` on
+        batch_size = self.args.per_device_eval_batch_size
+        scores = {dev.name: dev.score(model, batch_size=batch_size) for dev in self.dev_sets}
+        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
+        metrics[f"{metric_key_prefix}_score"] = sum(scores.values()) / len(scores)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _check_finite(self, loss: torch.Tensor, inputs: dict) -> None:
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"Loss is {loss.item()} at step {self.state.global_step} on dataset {inputs['dataset']!r}, rows "
+                f"{inputs['rows']}. The last checkpoint stands; look at these rows, or lower the learning rate."
+            )
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint when Trainer has written all of it, so that a half-written one is never resumed from."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", COMPLETE).touch()
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
+
+
+def eval_frozen_towers(model) -> None:
+    """Switches dropout off where nothing is trained: a frozen encoder gives the vectors it will give later."""
+    for tower in (model.encoder, model.decoder):  # a PeftModel passes these on
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()
+
+
+def split_batch(batch: dict, size: int) -> list[dict]:
+    """Cuts a batch of tensors into mini-batches of at most `size` rows."""
+    rows = len(next(iter(batch.values())))
+    return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
+
+
+def load_model(args: ModelArguments) -> Causal2VecModel:
+    """
+    The model to train, all weights in `args.dtype`.
+
+    Raises:
+        ValueError: neither a model nor both backbones are named, or both are.
+    """
+    if (args.model is None) == (args.encoder is None or args.decoder is None):
+        raise ValueError("Give either --model, or both --encoder and --decoder.")
+    attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    if args.model is not None:
+        return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
+    settings = {
+        name: getattr(args, name)
+        for name in ("prompt_head", "prompt_tail", "query_instruction", "encoder_max_seq_length")
+        if getattr(args, name) is not None
+    }
+    return Causal2VecModel.from_encoder_decoder_pretrained(
+        args.encoder,
+        args.decoder,
+        dtype=args.dtype,
+        encoder_kwargs=attention,
+        decoder_kwargs=attention,
+        text_prefix=args.text_prefix,
+        max_seq_length=args.max_seq_length,
+        icl_max_seq_length=args.icl_max_seq_length,
+        **settings,
+    )
+
+
+def choose_parameters(model: Causal2VecModel, args: ModelArguments):
+    """
+    Freezes what is not trained, adds LoRA where asked, and keeps what is trained in float32.
+
+    Returns:
+        The model, or a PeftModel around it.
+
+    Raises:
+        ValueError: one tower is to be trained with LoRA and the other in full.
+    """
+    towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
+    if set(towers.values()) >= {"lora", "full"}:
+        raise ValueError("LoRA on one tower and full training of the other cannot be combined; choose one for both.")
+    if "lora" in towers.values():
+        from peft import LoraConfig, get_peft_model
+
+        targets = [lora_targets(model, tower) for tower, how in towers.items() if how == "lora"]
+        config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules="|".join(targets),
+            modules_to_save=["projector"],
+        )
+        model = get_peft_model(model, config)
+    else:
+        for tower, how in towers.items():
+            getattr(model, tower).requires_grad_(how == "full")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def lora_targets(model: Causal2VecModel, tower: str) -> str:
+    """A pattern for all linear layers of one tower and nothing else."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in getattr(model, tower).named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return rf"{tower}\.(.*\.)?({'|'.join(sorted(names))})"
+
+
+def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tuple[TrainingData, list]:
+    """
+    The training data and the dev sets.
+
+    Raises:
+        ValueError: see `read_data_file` and `load_rows`.
+    """
+    from dev import held_out, load_pack
+
+    if args.data_file is None:
+        raise ValueError("--data_file is missing: a JSON list of datasets, such as recipes/data/tiny.json.")
+    specs = read_data_file(args.data_file, args.datasets)
+    cache_dir = os.path.join(training.output_dir, "data")
+    rows, dev_sets = [], []
+    for spec in specs:
+        all_rows = load_rows(spec, args.data_dir, cache_dir, args.skip_bad_rows)
+        if args.dev_rows:
+            all_rows, dev = held_out(all_rows, spec, args.dev_rows, training.seed)
+            dev_sets.append(dev)
+        rows.append(all_rows)
+    if args.dev_pack:
+        dev_sets.append(load_pack(args.dev_pack, args.dev_instruction))
+    return TrainingData(specs, rows, args.num_negatives, args.max_examples, training.seed), dev_sets
+
+
+def keep_base(model: Causal2VecModel, folder: Path) -> None:
+    """Saves newly joined backbones, so that an adapter has a base model to name."""
+    if not (folder / "config.json").exists():
+        model.save_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
+
+
+def describe(model, data: TrainingData, sampler: SingleDatasetBatchSampler, collator: Collator, training) -> dict:
+    """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
+    batch = collator([data[key] for key in next(iter(sampler))])
+    tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("queries", "documents"))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "datasets": [
+            {
+                "name": spec.name,
+                "rows": len(rows),
+                "sample_ratio": spec.sample_ratio,
+                "rows_per_epoch": used,
+                "dropped_per_epoch": sampler.dropped[spec.name],
+                "instructions": spec.instructions,
+            }
+            for spec, rows, used in zip(data.specs, data.rows, sampler.rows_per_epoch)
+        ],
+        "global_batch_size": sampler.global_batch_size,
+        "rows_per_forward": training.per_device_train_batch_size,
+        "steps": sampler.num_global_batches,
+        "steps_per_epoch": sampler.global_batches_per_epoch,
+        "trainable_parameters": {
+            tower: sum(p.numel() for p in getattr(model, tower).parameters() if p.requires_grad)
+            for tower in ("encoder", "projector", "decoder")
+        },
+        "parameters": {
+            tower: sum(p.numel() for p in getattr(model, tower).parameters())
+            for tower in ("encoder", "projector", "decoder")
+        },
+        "estimated_decoder_tokens": tokens * len(sampler),
+        # weights, and for what is trained also a gradient and AdamW's two moments
+        "estimated_gigabytes_without_activations": round(
+            (sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trainable) / 1e9, 3
+        ),
+    }
+
+
+def show_batch(processor, batch: dict, rows: int = 2) -> str:
+    """The first rows of a collated batch, decoded back to text."""
+    lines = [f"dataset {batch['dataset']}, rows {batch['rows'][:rows]} ..."]
+    for side in ("queries", "documents"):
+        for ids, mask, encoder_ids, encoder_mask in zip(
+            *(batch[side][name][:rows] for name in processor.model_input_names)
+        ):
+            lines.append(f"{side} decoder: {processor.tokenizer.decode(ids[mask.bool()])}")
+            lines.append(f"{side} encoder: {processor.encoder_tokenizer.decode(encoder_ids[encoder_mask.bool()])}")
+    return "\n".join(lines)
+
+
+def plot(log: list[dict], path: Path) -> None:
+    """Draws loss, learning rate and dev score over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("loss", "training loss"), ("learning_rate", "learning rate"), ("eval_score", "dev score")]
+    panels = [(key, label) for key, label in panels if any(key in entry for entry in log)]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), sharex=True, squeeze=False)
+    for axis, (key, label) in zip(axes[:, 0], panels):
+        points = [(entry["step"], float(entry[key])) for entry in log if key in entry]
+        axis.plot(*zip(*points), marker="." if key == "eval_score" else None, linewidth=1.2)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTrainingArguments]:
+    """
+    Arguments from flags, or from a recipe and the flags behind it.
+
+    Raises:
+        ValueError: the recipe has an unknown key.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments))
+    if argv and argv[0].endswith(".json"):
+        recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            raise ValueError(f"{argv[0]}: unknown arguments {unknown}; see python train.py --help.")
+        parser.set_defaults(**recipe)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Runs a training; returns the folder of the trained model."""
+    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    checkpoint = last_complete_checkpoint(args.output_dir) if args.resume else None
+    if not args.resume and not args.dry_run and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(f"{output} holds checkpoints of another run. Add --resume, or choose another --output_dir.")
+
+    data, dev_sets = load_data(data_args, args)
+    base = load_model(model_args)
+    if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
+        keep_base(base, output / "base")
+    model = choose_parameters(base, model_args)
+
+    mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
+    rows_per_batch = args.per_device_train_batch_size
+    if args.gradcache:
+        rows_per_batch, args.gradient_accumulation_steps = rows_per_batch * args.gradient_accumulation_steps, 1
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    sampler = SingleDatasetBatchSampler(data, rows_per_batch, micro_batches, args.max_steps, args.seed)
+    collator = Collator(base.processor, data_args.train_max_length)
+    plan = describe(model, data, sampler, collator, args)
+    if args.dry_run:
+        print(json.dumps(plan, indent=1))
+        print(show_batch(base.processor, collator([data[key] for key in next(iter(sampler))])))
+        return output
+    for dataset in plan["datasets"]:
+        logger.info("%(name)s: %(rows_per_epoch)d rows per epoch, %(dropped_per_epoch)d of them dropped", dataset)
+
+    if not dev_sets:
+        args.eval_strategy = "no"
+    trainer = Causal2VecTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
+        data_collator=collator,
+        loss=InfoNCE(args.temperature, args.matryoshka_dims),
+        sampler=sampler,
+        dev_sets=dev_sets,
+        mini_batch_size=mini_batch_size,
+        callbacks=[MarkComplete()],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_sanitized_dict()})
+    return output / "model"
+
+
+def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments: dict) -> None:
+    """Writes the model folder, the adapter if there is one, and the run's facts and curve."""
+    log = trainer.state.log_history
+    facts = {
+        "arguments": arguments,
+        "plan": plan,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),
+        "log": log,
+    }
+    (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    plot(log, output / "training.png")
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        save_folder(model, model.get_base_model(), output / "adapter", facts)
+        model = model.merge_and_unload()
+    save_folder(model, model, output / "model", facts)
+
+
+def save_folder(model, base: Causal2VecModel, folder: Path, facts: dict) -> None:
+    """
+    Saves a model or adapter with all that a stranger needs: code, configuration, tokenizers, instructions, card and the
+    run's facts. The folder appears under its name only when it is complete.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    base.config.save_pretrained(temporary)
+    base.processor.save_pretrained(temporary)
+    for name in ("configuration_causal2vec.py", "modeling_causal2vec.py", "tokenization_utils.py", "instructions.json"):
+        shutil.copyfile(ROOT / name, temporary / name)
+    for name in ("training.json", "training.png"):
+        shutil.copyfile(folder.parent / name, temporary / name)
+    write_card(temporary, facts, base, name=f"{folder.parent.name} ({folder.name})")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
