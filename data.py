@@ -186,6 +186,8 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
     if os.path.isfile(path):
         if not path.endswith(SUFFIXES):
             raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
+        if next(read_rows(path, skip_bad_rows), None) is None:
+            raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
         stat = os.stat(path)
         rows = datasets.Dataset.from_generator(
             _checked_rows,
@@ -203,8 +205,6 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
             cache_dir=cache_dir,
             gen_kwargs={"source": source, "name": spec.path, "skip": skip_bad_rows},
         )
-    if len(rows) == 0:
-        raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
     return rows
 
 

@@ -178,3 +178,9 @@ def gradcache_backward(
                 backward((embeddings * part).sum())
             start += len(embeddings)
     return loss.detach()
+
+
+def split_batch(batch: dict, size: int) -> list[dict]:
+    """Cuts a batch of tensors into mini-batches of at most `size` rows."""
+    rows = len(next(iter(batch.values())))
+    return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]

@@ -21,10 +21,11 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from card import write_card
+from card import without_machine_paths, write_card
 from data import Collator, SingleDatasetBatchSampler, TrainingData, load_rows, read_data_file
-from losses import InfoNCE, gradcache_backward
+from losses import InfoNCE, gradcache_backward, split_batch
 from modeling_causal2vec import Causal2VecModel
+from saving_utils import SHIPPED_CODE
 
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,12 @@ class ModelArguments:
     prompt_tail: str | None = field(default=None, metadata={"help": "Template after the text. Default: the decoder's."})
     text_prefix: str = field(default="", metadata={"help": "What the encoder expects before every text."})
     query_instruction: str | None = field(default=None, metadata={"help": "encode_query's default instruction."})
-    max_seq_length: int = field(
-        default=512, metadata={"help": "The model's limit of the decoder's sequence, in tokens."}
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "The model's limit of the decoder's sequence. Default: 512 or what it has."}
     )
-    icl_max_seq_length: int = field(default=2048, metadata={"help": "The same with in-context examples."})
+    icl_max_seq_length: int | None = field(
+        default=None, metadata={"help": "The same with in-context examples. Default: 2048 or what it has."}
+    )
     encoder_max_seq_length: int | None = field(
         default=None,
         metadata={"help": "The model's limit of the encoder's sequence. Default: 512 or what the encoder has."},
@@ -235,12 +238,6 @@ def eval_frozen_towers(model) -> None:
             tower.eval()
 
 
-def split_batch(batch: dict, size: int) -> list[dict]:
-    """Cuts a batch of tensors into mini-batches of at most `size` rows."""
-    rows = len(next(iter(batch.values())))
-    return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
-
-
 def load_model(args: ModelArguments) -> Causal2VecModel:
     """
     The model to train, all weights in `args.dtype`.
@@ -253,21 +250,15 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
         return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
-    settings = {
-        name: getattr(args, name)
-        for name in ("prompt_head", "prompt_tail", "query_instruction", "encoder_max_seq_length")
-        if getattr(args, name) is not None
-    }
+    names = ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
+    names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
     return Causal2VecModel.from_encoder_decoder_pretrained(
         args.encoder,
         args.decoder,
         dtype=args.dtype,
         encoder_kwargs=attention,
         decoder_kwargs=attention,
-        text_prefix=args.text_prefix,
-        max_seq_length=args.max_seq_length,
-        icl_max_seq_length=args.icl_max_seq_length,
-        **settings,
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
     )
 
 
@@ -491,7 +482,7 @@ def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments
     """Writes the model folder, the adapter if there is one, and the run's facts and curve."""
     log = trainer.state.log_history
     facts = {
-        "arguments": arguments,
+        "arguments": without_machine_paths(arguments),
         "plan": plan,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
@@ -518,7 +509,7 @@ def save_folder(model, base: Causal2VecModel, folder: Path, facts: dict) -> None
     model.save_pretrained(temporary)
     base.config.save_pretrained(temporary)
     base.processor.save_pretrained(temporary)
-    for name in ("configuration_causal2vec.py", "modeling_causal2vec.py", "tokenization_utils.py", "instructions.json"):
+    for name in (*SHIPPED_CODE, "instructions.json"):
         shutil.copyfile(ROOT / name, temporary / name)
     for name in ("training.json", "training.png"):
         shutil.copyfile(folder.parent / name, temporary / name)

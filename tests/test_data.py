@@ -63,7 +63,7 @@ BROKEN = [
     (b'{"query": 5, "positive": "p"}', "query must be a string, got int"),
     (b'{"query": "q", "positive": "p", "negatives": ["n", null]}', "no negative"),
     (b'["q", "p"]', "expected an object"),
-    (b'{"query": "q", "positive": "p\xff"}', "invalid UTF-8 at byte 30"),
+    (b'{"query": "q", "positive": "p\xff"}', "invalid UTF-8 at byte 29"),
     (b'{"query": "q", ', "not JSON"),
 ]
 
