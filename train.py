@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import (
+    AutoConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from card import without_machine_paths, write_card
@@ -67,6 +75,14 @@ class ModelArguments:
     encoder_max_seq_length: int | None = field(
         default=None,
         metadata={"help": "The model's limit of the encoder's sequence. Default: 512 or what the encoder has."},
+    )
+
+    projector_identity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Without --model: start the projector as this multiple of the identity, so that the Contextual "
+            "token's state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder."
+        },
     )
 
 
@@ -252,14 +268,38 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     names = ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    return Causal2VecModel.from_encoder_decoder_pretrained(
-        args.encoder,
-        args.decoder,
-        dtype=args.dtype,
-        encoder_kwargs=attention,
-        decoder_kwargs=attention,
-        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.projector_identity is not None:
+        encoder_config = AutoConfig.from_pretrained(args.encoder)
+        settings["projector_hidden_size"] = 2 * encoder_config.get_text_config().hidden_size
+    model = Causal2VecModel.from_encoder_decoder_pretrained(
+        args.encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
     )
+    if args.projector_identity is not None:
+        start_projector_as_identity(model.projector, args.projector_identity)
+    return model
+
+
+@torch.no_grad()
+def start_projector_as_identity(projector, scale: float) -> None:
+    """
+    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x.
+
+    Raises:
+        ValueError: the decoder is narrower than the encoder, or the activation is not GELU.
+    """
+    size, width = projector.linear_1.in_features, projector.linear_2.out_features
+    if width < size or not torch.allclose(projector.act(torch.ones(1)) - projector.act(-torch.ones(1)), torch.ones(1)):
+        raise ValueError(
+            f"--projector_identity needs a decoder at least as wide as the encoder and the activation gelu; got "
+            f"{width} for {size}."
+        )
+    identity = torch.eye(width, size)  # (width, size)
+    projector.linear_1.weight.copy_(torch.cat([torch.eye(size), -torch.eye(size)]))  # (2 * size, size)
+    projector.linear_2.weight.copy_(scale * torch.cat([identity, -identity], dim=1))  # (width, 2 * size)
+    for linear in (projector.linear_1, projector.linear_2):
+        if linear.bias is not None:
+            linear.bias.zero_()
 
 
 def choose_parameters(model: Causal2VecModel, args: ModelArguments):
@@ -416,6 +456,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTra
         ValueError: the recipe has an unknown key.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     if argv and argv[0].endswith(".json"):
         recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
         known = {action.dest for action in parser._actions}

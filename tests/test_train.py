@@ -149,6 +149,18 @@ def test_lora_on_both_towers(make_model):
     assert not any("projector" in name for name in lora)
 
 
+def test_a_projector_that_starts_as_the_identity(backbone_dir):
+    args = train.ModelArguments(encoder=backbone_dir("bert"), decoder=backbone_dir("llama"), projector_identity=3.0)
+    model = train.load_model(args)
+    vectors = torch.randn(4, 24)  # the tiny encoder's size; the decoder has 32
+    expected = torch.cat([3 * vectors, torch.zeros(4, 8)], dim=1)
+    assert torch.allclose(model.projector(vectors), expected, atol=1e-5)
+    narrow = type(model.projector)(model.config)
+    narrow.linear_2 = torch.nn.Linear(48, 16)
+    with pytest.raises(ValueError, match="at least as wide"):
+        train.start_projector_as_identity(narrow, 1.0)
+
+
 def test_mixing_lora_and_full_is_refused(make_model):
     with pytest.raises(ValueError, match="cannot be combined"):
         train.choose_parameters(make_model(), train.ModelArguments(train_decoder="lora", train_encoder="full"))
