@@ -38,7 +38,7 @@ def store_half(folder: Path) -> None:
 
 
 def bundle(model_dir: str) -> None:
-    """Copies everything but code into the repository root, file by file, each replaced at once."""
+    """Copies everything but code and card into the repository root, file by file, each replaced at once."""
     from modeling_causal2vec import Causal2VecModel
 
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
@@ -46,7 +46,7 @@ def bundle(model_dir: str) -> None:
         store_half(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             target = ROOT / path.relative_to(temporary)
-            if path.is_file() and path.suffix != ".py":
+            if path.is_file() and path.suffix != ".py" and path.name != "README.md":
                 target.parent.mkdir(exist_ok=True)
                 os.replace(path, target)
                 print(f"{target.relative_to(ROOT)}  {target.stat().st_size:,} bytes")
