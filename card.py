@@ -1,13 +1,27 @@
-"""The model card that a trained folder carries: what it is, how to use it, and the facts of its run."""
+"""The model card that a trained folder carries: what it is, how to use it, and the facts of its run and its evaluation.
 
+    python card.py runs/mine/model --license apache-2.0 --results results/mine
+    python card.py . --hashes                  # of a card that people wrote: only its SHA-256 rows
+
+`train.py` writes the card of each folder that it leaves; this command writes it again with what only people know (the
+licence) or only an evaluation knows (scores). Invariant: every number in a card comes from a file that a run wrote.
+"""
+
+import argparse
+import json
 from pathlib import Path
+from types import SimpleNamespace
+
+from configuration_causal2vec import Causal2VecConfig, is_hub_id
+from saving_utils import code_table, refresh_hashes
 
 
 TEMPLATE = """
 # {name}
 
 A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: `{encoder}` reads the text and gives one
-Contextual token, which `{decoder}` reads with the text. {dim} numbers per text, compared by cosine.
+Contextual token, which `{decoder}` reads with the text. {dim} numbers per text, compared by cosine. It needs `torch` and
+`transformers` (5.17 or newer).
 
 ```python
 from transformers import AutoModel
@@ -17,6 +31,10 @@ queries = model.encode(["how much protein should a female eat"], instruction={in
 passages = model.encode(["As a general guideline, women need 46 grams of protein per day."])
 print(queries @ passages.T)
 ```
+
+Queries carry an instruction, passages none. `encode_query` uses {query_instruction}; `instructions.json` has those of
+MTEB's tasks. With sentence-transformers, `SentenceTransformer("path/to/this/folder", trust_remote_code=True)` gives the
+same vectors; a `prompt` is an instruction.
 
 ## Training
 
@@ -28,39 +46,153 @@ decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}.
 |---|---|---|---|
 {datasets}
 
-Inputs longer than {max_seq_length} tokens are cut. The weights carry the licences of their base models and of the
-training data; see there before use.
+{results}## Limits
+
+Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end, what the
+encoder reads at {encoder_max_seq_length}. {truncation} {licence}
+
+## Code and pinning
+
+Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
+commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.
+
+{code}
 """
 
 
-def write_card(folder: str | Path, facts: dict, model, name: str) -> None:
-    """Renders the card of a run (the contents of its training.json) into `folder/README.md`."""
+def write_card(
+    folder: str | Path,
+    facts: dict,
+    model,
+    name: str,
+    licence: str | None = None,
+    base_models: tuple[str, ...] = (),
+    results: str | Path | None = None,
+) -> None:
+    """
+    Renders the card of a run into `folder/README.md`.
+
+    Args:
+        facts (`dict`): The contents of the run's training.json.
+        model: What has the `config` of the trained model.
+        licence (`str`, *optional*): The Hub's identifier of the weights' licence.
+        base_models (tuple of `str`): Hub ids of the backbones, where the run had them as folders.
+        results (`str` or `Path`, *optional*): The output folder of eval_mteb.py.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    arguments, plan = facts["arguments"], facts["plan"]
-    config = model.config
-    encoder = arguments["encoder"] or f"the encoder of {arguments['model']}"
-    decoder = arguments["decoder"] or f"the decoder of {arguments['model']}"
-    rows = [
-        f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {'; '.join(d['instructions'])} |"
-        for d in plan["datasets"]
-    ]
+    arguments, plan, config = facts["arguments"], facts["plan"], model.config
+    scores = [] if results is None else eval_results(results)
+    data = ModelCardData(
+        license=licence,
+        language="en" if scores else None,
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["causal2vec", "sentence-transformers", "text-embeddings", "sentence-similarity", "custom_code"],
+        base_model=[*base_models]
+        or [i for i in map(arguments.get, ("encoder", "decoder", "model")) if is_hub_id(i)]
+        or None,
+        model_name=name,
+        eval_results=scores or None,
+    )
     text = TEMPLATE.format(
         name=name,
-        encoder=encoder,
-        decoder=decoder,
+        encoder=shown(arguments["encoder"]) or f"the encoder of {shown(arguments['model'])}",
+        decoder=shown(arguments["decoder"]) or f"the decoder of {shown(arguments['model'])}",
         dim=2 * config.hidden_size,
         instruction=config.query_instruction or plan["datasets"][0]["instructions"][0],
+        query_instruction=f"`{config.query_instruction}`"
+        if config.query_instruction
+        else "none unless it is given one",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
         final_loss=facts["final_loss"],
-        datasets="\n".join(rows),
-        max_seq_length=config.max_seq_length,
+        datasets="\n".join(
+            f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {'; '.join(d['instructions'])} |"
+            for d in plan["datasets"]
+        ),
+        results=results_table(scores),
+        truncation=truncation(arguments.get("matryoshka_dims")),
+        licence="The weights carry the licences of their base models and of the training data; see there before use.",
+        code=code_table(folder),
         **{key: arguments[key] for key in ("temperature", "learning_rate", "seed", "train_decoder", "train_encoder")},
-    )
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="feature-extraction",
-        tags=["causal2vec", "text-embeddings", "sentence-similarity", "custom_code"],
+        **{key: getattr(config, key) for key in ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")},
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
+
+
+def eval_results(folder: str | Path) -> list:
+    """Each finished task of an evaluation as the Hub's EvalResult: the task's main score, times 100."""
+    from huggingface_hub import EvalResult
+
+    from eval_report import read_run
+
+    run = read_run(folder)
+    return [
+        EvalResult(
+            task_type=run.types[task],
+            dataset_type=f"mteb/{task}" if task in run.scores else task,
+            dataset_name=f"MTEB {task}" if task in run.scores else task,
+            dataset_split=", ".join(run.records[task]["splits"]),
+            dataset_revision=run.records[task]["data"],
+            metric_type=run.records[task]["main_score"],
+            metric_value=round(score, 4),
+        )
+        for task, score in {**run.scores, **run.other}.items()
+    ]
+
+
+def results_table(scores: list) -> str:
+    """A section with one row per result; nothing without any."""
+    if not scores:
+        return ""
+    rows = [f"| {r.dataset_name} | {r.task_type} | {r.metric_type} | {r.metric_value:.2f} |" for r in scores]
+    return "\n".join(["## Results", "", "| dataset | task | metric | score |", "|---|---|---|---|", *rows, "", ""])
+
+
+def truncation(dims: list[int] | None) -> str:
+    """What may be expected of `truncate_dim`."""
+    if dims:
+        return f"`truncate_dim` was trained for {', '.join(map(str, sorted(dims)))} numbers."
+    return "`truncate_dim` works, but shorter vectors were not trained for."
+
+
+def shown(name: str | None) -> str | None:
+    """A name as a card shows it: of a folder, only the last part, because the rest belongs to one machine."""
+    return name if name is None or is_hub_id(name) else Path(name).name
+
+
+def without_machine_paths(value):
+    """A copy of JSON facts in which each absolute path is cut to its last part."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a model folder, such as train.py leaves")
+    parser.add_argument("--name", help="title of the card (default: the folder's name)")
+    parser.add_argument("--license", help="the Hub's identifier of the weights' licence, such as apache-2.0")
+    parser.add_argument(
+        "--base_model", nargs="+", default=[], help="Hub ids of the backbones, where the run had folders"
+    )
+    parser.add_argument("--results", type=Path, help="output folder of eval_mteb.py")
+    parser.add_argument("--hashes", action="store_true", help="only bring the card's SHA-256 rows up to date")
+    args = parser.parse_args(argv)
+    if args.hashes:
+        return refresh_hashes(args.folder)
+    facts = args.folder / "training.json"
+    if not facts.is_file():
+        parser.error(f"{args.folder} has no training.json; is it a folder that train.py left?")
+
+    facts = json.loads(facts.read_text(encoding="utf-8"))
+    trained = SimpleNamespace(config=Causal2VecConfig.from_pretrained(args.folder))
+    name = args.name or args.folder.resolve().name
+    write_card(args.folder, facts, trained, name, args.license, tuple(args.base_model), args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,27 @@ Invariant: a configuration that can be constructed describes a model that can ru
 an error that says what would work.
 """
 
-from transformers import AutoConfig, PreTrainedConfig
+import copy
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import transformers
+
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        f"Causal2Vec needs transformers 5.17 or newer, got {transformers.__version__}: pip install -U transformers"
+    )
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+
+if TYPE_CHECKING:
+    # Never imported here; named because the loader tells local folders of one name apart by this file and what it
+    # names: it would else run the model's code of one folder for another that only has the same configuration's.
+    from .modeling_causal2vec import Causal2VecModel  # noqa: F401
 
 
 # Prompt templates of instruction-tuned decoders (Causal2Vec, appendix A.1), found by a marker in the chat template that
@@ -88,10 +107,21 @@ class Causal2VecConfig(PreTrainedConfig):
     projector_bias: bool = True
 
     def __post_init__(self, **kwargs):
-        if "_attn_implementation_internal" in kwargs:
+        for part, values in (
+            ("", kwargs),
+            ("encoder_config", self.encoder_config),
+            ("decoder_config", self.decoder_config),
+        ):
+            if isinstance(values, dict) and "_attn_implementation_internal" in values:
+                raise ValueError(
+                    f"`_attn_implementation_internal` is not accepted from a configuration{part and f' ({part})'}; pass "
+                    "`attn_implementation=` to `from_pretrained` instead."
+                )
+        kwargs.pop("use_cache", None)  # written by Trainer; caching is an argument of `forward`
+        unknown = sorted(set(kwargs) - _OF_TRANSFORMERS)
+        if unknown:
             raise ValueError(
-                "`_attn_implementation_internal` is not accepted from a configuration; pass `attn_implementation=` to "
-                "`from_pretrained` instead."
+                f"{type(self).__name__} has no {unknown}; its fields are {sorted(_TYPES)} and the two backbones'."
             )
         self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
         self.decoder_config = _sub_config("decoder_config", self.decoder_config, default="llama")
@@ -131,6 +161,14 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"backbone, got {getattr(self, name)}."
                 )
 
+    def to_dict(self) -> dict:
+        """As everywhere in transformers, but without the folders that the parts came from: they are one machine's."""
+        values = super().to_dict()
+        for part in (values, values["encoder_config"], values["decoder_config"]):
+            if not is_hub_id(part.get("_name_or_path")):
+                part.pop("_name_or_path", None)
+        return values
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The decoder's text configuration (the encoder's for `encoder=True` alone): vocabulary, layers, cache."""
         backbone = self.encoder_config if encoder and not decoder else self.decoder_config
@@ -143,6 +181,28 @@ _MINIMUM = {
     "icl_max_seq_length": 3,
     "encoder_max_seq_length": 3,
     "projector_hidden_size": 1,
+}
+
+# What transformers itself writes into a configuration or passes to it, besides its declared fields.
+_OF_TRANSFORMERS = {
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",  # these three by Trainer, from the tokenizer
+    "eos_token_id",
+    "pad_token_id",
+    "custom_pipelines",
+    "distributed_config",
+    "experts_implementation",
+    "loss_type",
+    "model_type",
+    "name_or_path",
+    "output_attentions",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_cache",
 }
 
 _TYPES = {
@@ -161,6 +221,11 @@ _TYPES = {
 }
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is an id on the Hub, `owner/name`, and not a folder."""
+    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def _check_types(config: Causal2VecConfig) -> None:
     for name, expected in _TYPES.items():
         value = getattr(config, name)
@@ -174,12 +239,28 @@ def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: str) 
     if value is None:
         return AutoConfig.for_model(default)
     if isinstance(value, PreTrainedConfig):
-        return value
-    if not isinstance(value, dict):
+        config = copy.deepcopy(value)  # ours to change: transformers resets its attention and dtype
+    elif not isinstance(value, dict):
         raise TypeError(f"`{name}` must be a configuration or a dict, got {type(value).__name__}.")
-    if "model_type" not in value:
+    elif "model_type" not in value:
         raise ValueError(f"`{name}` needs a `model_type` that AutoModel knows, got keys {sorted(value)}.")
-    return AutoConfig.for_model(**value)
+    elif value["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The `model_type` of `{name}` must be one of {', '.join(sorted(CONFIG_MAPPING))}, got "
+            f"{value['model_type']!r}."
+        )
+    else:
+        config = AutoConfig.for_model(**copy.deepcopy(value))
+    text_config = config.get_text_config()
+    for size in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        count = getattr(text_config, size, 1)
+        if isinstance(count, (int, float, str)) and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"`{size}` of `{name}` must be a positive integer, got {count!r}.")
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"`{name}` must be one backbone of its own, but {config.model_type} is an encoder-decoder model."
+        )
+    return config
 
 
 __all__ = ["Causal2VecConfig", "PROMPT_TEMPLATES"]

@@ -180,7 +180,20 @@ def gradcache_backward(
     return loss.detach()
 
 
-def split_batch(batch: dict, size: int) -> list[dict]:
-    """Cuts a batch of tensors into mini-batches of at most `size` rows."""
-    rows = len(next(iter(batch.values())))
-    return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
+def split_by_length(batch: dict[str, torch.Tensor], size: int) -> tuple[list[dict], torch.Tensor]:
+    """
+    Cuts a batch into mini-batches of at most `size` rows of like length, less the columns that are padding in all of
+    them, so that a few long rows do not make all mini-batches long.
+
+    Returns:
+        The mini-batches, and `order` such that `torch.cat(results)[order]` is in the batch's order.
+    """
+    longest_first = batch["attention_mask"].sum(-1).argsort(descending=True, stable=True)  # (batch,)
+    batches = []
+    for rows in longest_first.split(size):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
+            used = part[mask].any(0)  # (seq_len,)
+            part[ids], part[mask] = part[ids][:, used], part[mask][:, used]
+        batches.append(part)
+    return batches, longest_first.argsort()

@@ -8,8 +8,12 @@ Every text token comes after the Contextual token and so sees the whole text. In
 `AutoModel` gives them; nothing here depends on which they are.
 """
 
+import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,15 +21,35 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 
+if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
+    from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from .tokenization_utils import Causal2VecProcessor, broadcast_instruction, check_texts, load_tokenizers
+    from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from .prefix_cache import PrefixCache, is_causal, plan_rows
+    from .saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from .tokenization_utils import (
+        Causal2VecProcessor,
+        broadcast_instruction,
+        check_texts,
+        format_examples,
+        load_tokenizers,
+    )
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from tokenization_utils import Causal2VecProcessor, broadcast_instruction, check_texts, load_tokenizers
+    from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from prefix_cache import PrefixCache, is_causal, plan_rows
+    from saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from tokenization_utils import (
+        Causal2VecProcessor,
+        broadcast_instruction,
+        check_texts,
+        format_examples,
+        load_tokenizers,
+    )
 
 
 logger = logging.get_logger(__name__)
@@ -99,7 +123,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # never used; its parameters would never get a gradient
-        self.encoder.config, self.decoder.config = config.encoder_config, config.decoder_config
+        config.encoder_config, config.decoder_config = self.encoder.config, self.decoder.config
 
         limit = position_limit(self.encoder)
         if limit is not None and config.encoder_max_seq_length > limit:
@@ -108,6 +132,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 f" encoder, got {config.encoder_max_seq_length}."
             )
         self._processor: Causal2VecProcessor | None = None
+        self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
+        self.prefix_cache = PrefixCache()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -116,8 +142,17 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.set_input_embeddings(value)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        for backbone in (self.encoder, self.decoder):
+            if enable and not backbone.supports_gradient_checkpointing:
+                logger.warning("%s keeps its activations: it has no gradient checkpointing.", type(backbone).__name__)
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
     def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`."""
+        # Real tokens first: an encoder with absolute positions counts from the left, padding included.
+        order = encoder_attention_mask.argsort(dim=-1, descending=True, stable=True)  # (batch, encoder_seq_len)
+        encoder_ids, encoder_attention_mask = encoder_ids.gather(-1, order), encoder_attention_mask.gather(-1, order)
         states = self.encoder(input_ids=encoder_ids, attention_mask=encoder_attention_mask).last_hidden_state
         mask = encoder_attention_mask.to(states).unsqueeze(-1)  # (batch, encoder_seq_len, 1)
         contextual_vector = (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, encoder_hidden_size)
@@ -150,6 +185,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         contextual_token: torch.FloatTensor | None = None,
         use_cache: bool = False,
         output_last_hidden_state: bool = False,
+        right_padded: bool = False,
+        share_heads: bool = False,
+        packing: Packing | None = None,
         **kwargs,
     ) -> Causal2VecModelOutput:
         """
@@ -163,11 +201,25 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 `encoder_ids` are then not read.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
+            right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
+                attention is free to use its fastest kernel.
+            share_heads (`bool`): Read what rows have in common before their slots only once; see [`embed`].
+            packing ([`Packing`], *optional*): Read the rows as one, without their padding; see [`packed_states`].
             kwargs: Passed on to the decoder.
 
         Raises:
             ValueError: a row has no slot or several, or neither `encoder_ids` nor `contextual_token` are given.
         """
+        if share_heads:
+            if past_key_values is not None or contextual_token is not None or use_cache or output_last_hidden_state:
+                raise ValueError(
+                    "With `share_heads`, forward takes whole rows and `encoder_ids`, and gives embeddings."
+                )
+            if encoder_ids is None:
+                raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
+            return Causal2VecModelOutput(
+                self.embed(input_ids, attention_mask, encoder_ids, encoder_attention_mask, **kwargs)
+            )
         is_slot = self.find_slots(input_ids)  # (batch, seq_len)
         if contextual_token is None:
             if encoder_ids is None:
@@ -185,15 +237,21 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
             attention_mask = input_ids.new_ones(input_ids.shape[0], past_len + seq_len)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
-        outputs = self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state  # (batch, seq_len, hidden_size)
+        needs_mask = not (right_padded and is_causal(self.decoder))
+        if not needs_mask:
+            # Nothing looks at padding that comes after it. Positions run on, or padding would look like packed rows.
+            position_ids = position_ids[:, :1] + torch.arange(seq_len, device=position_ids.device)  # (batch, seq_len)
+        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and not needs_mask else None
+        if hidden is None:
+            outputs = self.decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask if needs_mask else None,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden = outputs.last_hidden_state  # (batch, seq_len, hidden_size)
 
         rows = torch.arange(input_ids.shape[0], device=hidden.device)  # (batch,)
         slots = is_slot.int().argmax(-1).to(hidden.device)  # (batch,)
@@ -204,6 +262,51 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             last_hidden_state=hidden if output_last_hidden_state else None,
             past_key_values=outputs.past_key_values if use_cache else None,
         )
+
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        encoder_ids: torch.LongTensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        packed: bool | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        `forward`'s embeddings `(batch, 2 * hidden_size)`, with every head (what stands before a slot) read only once.
+
+        Without gradients and outside training, heads stay in `prefix_cache` for later calls. With gradients, a head that
+        several rows share is read once per call. Where neither is possible, `forward` reads whole rows. With `packed`
+        (default: on a CPU without gradients, where it was measured to pay) neither tower reads much padding: the decoder
+        reads rows joined into one, the encoder reads rows of like length together.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if encoder_attention_mask is None:
+            encoder_attention_mask = torch.ones_like(encoder_ids)
+        if packed is None:
+            # Compiled code would be made anew for every new set of lengths.
+            compiled = self._compiled_call_impl is not None
+            packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
+        contextual_token = None
+        if packed:
+            lengths = encoder_attention_mask.sum(-1).tolist()
+            groups = groups_of_like_length(lengths)
+            tokens = [self.get_contextual_token(*trim(encoder_ids[g], encoder_attention_mask[g])) for g in groups]
+            places = torch.tensor([row for group in groups for row in group], device=tokens[0].device)
+            contextual_token = torch.cat(tokens)[places.argsort()]  # (batch, hidden_size)
+        parts, order = [], []
+        for rows, inputs in plan_rows(self, input_ids, attention_mask, packed):
+            if packed:
+                inputs["contextual_token"] = contextual_token[rows]
+            else:
+                inputs["encoder_ids"], inputs["encoder_attention_mask"] = (
+                    encoder_ids[rows],
+                    encoder_attention_mask[rows],
+                )
+            parts.append(self(**inputs, **kwargs).embeddings)  # (rows, 2 * hidden_size)
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, 2 * hidden_size)
 
     @property
     def processor(self) -> Causal2VecProcessor:
@@ -231,6 +334,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         instruction: str | Sequence[str | None] | None = None,
         examples: Sequence[dict] | None = None,
         batch_size: int = 32,
+        max_batch_tokens: int | None = 16384,
+        packed: bool | None = None,
         max_length: int | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
@@ -245,7 +350,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text. Queries carry one,
                 passages none; both sides of a symmetric task the same.
             examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}`.
-            batch_size (`int`, defaults to 32): Texts per forward pass. Never changes a vector.
+            batch_size (`int`, defaults to 32): Most texts per forward pass. Never changes a vector.
+            max_batch_tokens (`int`, *optional*, defaults to 16384): Most decoder tokens per forward pass, padding
+                included and heads left out while `prefix_cache` is on, so that long texts need no smaller `batch_size`.
+            packed (`bool`, *optional*): Join the rows of a batch into one without padding. Defaults to `True` on a CPU.
             max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
             normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
                 cosine.
@@ -263,43 +371,60 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         single = isinstance(texts, str)
         texts = [texts] if single else check_texts(texts)
         instructions = broadcast_instruction(instruction, len(texts))
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
+        if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
+            raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
         dim = 2 * self.config.hidden_size if truncate_dim is None else truncate_dim
         self._check_truncate_dim(dim)
+        format_examples(examples, None)  # refuses what is no list of examples for all texts
         processor, device = self.processor, self.get_input_embeddings().weight.device
 
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # longest first: too large a batch shows at once
+        batches = sorted_batches(
+            processor,
+            texts,
+            instructions,
+            examples,
+            max_length,
+            batch_size,
+            max_batch_tokens,
+            count_heads=not self.prefix_cache.enabled,
+        )
         embeddings = torch.empty(len(texts), dim)
-        was_training = self.training
+        training = [module for module in self.modules() if module.training]  # a frozen encoder may be in eval mode
         self.eval()
+        progress = logging.tqdm(
+            total=len(texts),
+            desc="Encoding",
+            unit="text",
+            delay=0 if show_progress_bar else 5,
+            disable=None if show_progress_bar is None else not show_progress_bar,
+        )
         try:
-            for start in logging.tqdm(
-                range(0, len(texts), batch_size),
-                desc="Encoding",
-                unit="batch",
-                delay=0 if show_progress_bar else 5,
-                disable=None if show_progress_bar is None else not show_progress_bar,
-            ):
-                rows = order[start : start + batch_size]
-                batch = processor(
-                    [texts[i] for i in rows], [instructions[i] for i in rows], examples=examples, max_length=max_length
-                )
+            for rows, batch in batches:
                 with torch.inference_mode():
-                    vectors = self(**batch.to(device)).embeddings.float()  # (rows, 2 * hidden_size)
+                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                    vectors = self.embed(**batch, packed=packed).float()  # (rows, 2 * hidden_size)
                     vectors = truncate_embeddings(vectors, dim)  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
+                progress.update(len(rows))
         finally:
-            self.train(was_training)
+            progress.close()
+            for module in training:
+                module.training = True
 
         embeddings = embeddings[0] if single else embeddings
         return embeddings if convert_to_tensor else embeddings.numpy()
 
-    def encode_query(self, texts: str | Sequence[str], *, instruction: str | Sequence[str | None] | None = None, **kwargs):
+    def encode_query(
+        self, texts: str | Sequence[str], *, instruction: str | Sequence[str | None] | None = None, **kwargs
+    ):
         """`encode` with the configuration's `query_instruction`, unless another is given."""
-        return self.encode(texts, instruction=self.config.query_instruction if instruction is None else instruction, **kwargs)
+        return self.encode(
+            texts, instruction=self.config.query_instruction if instruction is None else instruction, **kwargs
+        )
 
     def encode_document(self, texts: str | Sequence[str], **kwargs):
         """`encode` without an instruction: documents carry none."""
@@ -316,37 +441,99 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         As everywhere in transformers; also loads both tokenizers when the folder has them.
 
         Raises:
-            ValueError: the weights lack tensors of this model, or hold others.
+            ValueError: the weights lack tensors of this model, hold others or are damaged, or the folder is not one of
+                Causal2Vec's.
         """
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        for kind in ("missing_keys", "unexpected_keys"):
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
+            cls._check_model_type(pretrained_model_name_or_path, hub_kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # its package is none of ours to import
+                raise
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} are damaged or cut off: {error}. Get the files again."
+            ) from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
                 keys = sorted(info[kind])
                 raise ValueError(
                     f"{pretrained_model_name_or_path} does not hold this model's weights: {len(keys)} "
                     f"{kind.replace('_', ' ')}, such as {keys[:5]}. Was the folder saved by Causal2Vec?"
                 )
+        _check_finite(model, pretrained_model_name_or_path)
         if pretrained_model_name_or_path is not None:
             try:
                 tokenizers = load_tokenizers(
-                    str(pretrained_model_name_or_path), model.config.encoder_config, model.config.decoder_config, **hub_kwargs
+                    str(pretrained_model_name_or_path),
+                    model.config.encoder_config,
+                    model.config.decoder_config,
+                    **hub_kwargs,
                 )
             except OSError as error:
                 logger.warning("No tokenizers beside the weights, so `encode` will not work: %s", error)
             else:
+                _check_tokenizers(model, *tokenizers)
                 model.processor = Causal2VecProcessor.from_config(model.config, *tokenizers)
+            try:
+                model._instructions_file = Path(
+                    cached_file(pretrained_model_name_or_path, "instructions.json", **hub_kwargs)
+                )
+            except OSError:
+                logger.info("No instructions.json beside the weights.")
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As everywhere in transformers; also saves both tokenizers."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self._processor is not None:
-            Causal2VecProcessor.from_config(
-                self.config, self._processor.tokenizer, self._processor.encoder_tokenizer
-            ).save_pretrained(save_directory)
+    @classmethod
+    def _check_model_type(cls, source: str, hub_kwargs: dict) -> None:
+        """Refuses a folder without our config.json: transformers would go on with a new model of default sizes."""
+        found = cls.config_class.get_config_dict(source, **hub_kwargs)[0].get("model_type")
+        if found == cls.config_class.model_type:
+            return
+        try:
+            cached_file(source, "adapter_config.json", **hub_kwargs)  # PeftModel saves no config.json
+        except OSError:
+            what = "no config.json" if found is None else f"the model_type {found!r}"
+            raise ValueError(
+                f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?"
+            ) from None
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As everywhere in transformers; also saves both tokenizers, the code, what sentence-transformers reads, the
+        instructions and, where there is none, a model card. The new files stand beside the old ones until all are
+        written, so saving into the folder that the model or its code came from is fine.
+        """
+        hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
+        if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
+            return super().save_pretrained(save_directory, **kwargs)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            if self._processor is not None:
+                Causal2VecProcessor.from_config(
+                    self.config, self._processor.tokenizer, self._processor.encoder_tokenizer
+                ).save_pretrained(temporary)
+            write_sentence_transformers_files(temporary, self.config)
+            if self._instructions_file.is_file():
+                shutil.copyfile(self._instructions_file, Path(temporary, "instructions.json"))
+            if not (target / "README.md").exists():
+                write_plain_card(temporary, self.config)
+            move_into(Path(temporary), target)
+        refresh_hashes(target)
+        if push_to_hub:
+            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `push_to_hub` has put transformers' template over our card, unless the repository has a card of its own.
+        if "[More Information Needed]" in Path(working_dir, "README.md").read_text(encoding="utf-8"):
+            write_plain_card(working_dir, self.config)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -379,11 +566,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         >>> model = Causal2VecModel.from_encoder_decoder_pretrained("intfloat/e5-base-v2", "Qwen/Qwen3-0.6B")
         ```
         """
+        unknown = sorted(set(config_kwargs) - {field.name for field in fields(cls.config_class)})
+        if unknown:
+            raise TypeError(f"{cls.config_class.__name__} has no {unknown}; see its documentation for the fields.")
         encoder_kwargs, decoder_kwargs = dict(encoder_kwargs or {}), dict(decoder_kwargs or {})
         tokenizer = AutoTokenizer.from_pretrained(decoder, **_only_hub(decoder_kwargs))
         encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_only_hub(encoder_kwargs))
-        decoder_model = AutoModel.from_pretrained(decoder, dtype=dtype or "auto", **decoder_kwargs)
-        encoder_model = AutoModel.from_pretrained(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
+        decoder_model = load_backbone(decoder, dtype=dtype or "auto", **decoder_kwargs)
+        encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
 
         if contextual_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([contextual_token], special_tokens=True)
@@ -405,10 +595,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             decoder_config=decoder_model.config,
             contextual_token_id=tokenizer.convert_tokens_to_ids(contextual_token),
             dtype=decoder_model.dtype,
-            attn_implementation={  # a composite configuration would reset what the backbones have chosen
-                "encoder_config": encoder_model.config._attn_implementation,
-                "decoder_config": decoder_model.config._attn_implementation,
-            },
             **config_kwargs,
         )
         model = cls(config, encoder=encoder_model, decoder=decoder_model)
@@ -417,11 +603,55 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         return model.eval()
 
 
-_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_PUSH_KWARGS = ("repo_id", "token", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuses weights that hold NaN or infinity: one sum per tensor says so."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+                raise ValueError(f"The weights of {source} are damaged: {name} holds values that are not finite.")
+
+
+def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) -> None:
+    """Refuses tokenizers that belong to another model, as far as their sizes tell."""
+    slot = model.config.contextual_token_id
+    for tower, found, vocab_size in (
+        ("decoder", tokenizer, model.get_input_embeddings().num_embeddings),
+        ("encoder", encoder_tokenizer, model.config.encoder_config.get_text_config().vocab_size),
+    ):
+        if len(found) > vocab_size:
+            raise ValueError(
+                f"The {tower}'s tokenizer has {len(found)} tokens, but the {tower} embeds {vocab_size}: it belongs to "
+                "another model. Put the right tokenizer files beside the weights."
+            )
+    if slot not in tokenizer.added_tokens_decoder:
+        raise ValueError(
+            f"`contextual_token_id` is {slot}, but that is no added token of the decoder's tokenizer, which has "
+            f"{len(tokenizer)}: it belongs to another model. Put the right tokenizer files beside the weights."
+        )
 
 
 def _only_hub(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
+
+
+def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
+    """
+    `AutoModel.from_pretrained`, for weights that are all there.
+
+    Raises:
+        ValueError: tensors are missing; transformers would initialise them anew.
+    """
+    model, info = AutoModel.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # a pooler is never used
+    if missing:
+        raise ValueError(
+            f"{folder_or_id} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[:5]}."
+        )
+    return model
 
 
 def find_prompt_template(chat_template: str | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,7 @@ class Causal2VecProcessor(ProcessorMixin):
     a folder of that name), and the layout of a row. See [`Causal2VecConfig`] for the settings.
 
     Raises:
-        ValueError: the decoder's tokenizer has no EOS token, or the slot is one that text or padding would use.
+        ValueError: a tokenizer has no vocabulary, the decoder's has no EOS token, or the slot is one that text, template or padding would use.
     """
 
     def __init__(
@@ -50,18 +50,32 @@ class Causal2VecProcessor(ProcessorMixin):
         self.icl_max_seq_length = icl_max_seq_length
         self.encoder_max_seq_length = encoder_max_seq_length
 
+        for owner, its_tokenizer in (("decoder", tokenizer), ("encoder", encoder_tokenizer)):
+            if len(its_tokenizer) <= len(its_tokenizer.all_special_tokens):
+                raise ValueError(
+                    f"The {owner}'s tokenizer has no vocabulary. Are its files beside the {owner}'s weights?"
+                )
         if tokenizer.eos_token_id is None:
             raise ValueError("The decoder's tokenizer has no EOS token; set `tokenizer.eos_token` to one.")
         self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if contextual_token_id in (tokenizer.eos_token_id, self._pad_token_id):
-            raise ValueError(
-                f"`contextual_token_id` {contextual_token_id} is the EOS or padding token of the decoder's tokenizer; "
-                "the Contextual token needs an id of its own."
-            )
         # What the tokenizer itself puts before a text: BOS for Llama, Mistral and Gemma, nothing for Qwen.
         bos_ids = tokenizer("a")["input_ids"][:1]
         self._bos_ids = bos_ids if tokenizer.bos_token_id in bos_ids else []
         self._tail_ids = self._encode_trusted(prompt_tail)
+        slot_as_text = self._encode_plain(tokenizer, [tokenizer.decode([contextual_token_id])])[0]
+        taken_ids = {
+            "EOS": [tokenizer.eos_token_id],
+            "padding": [self._pad_token_id],
+            "BOS": self._bos_ids,
+            "template": self._encode_trusted(prompt_head) + self._tail_ids,
+            "text": slot_as_text,
+        }
+        for use, ids in taken_ids.items():
+            if contextual_token_id in ids:
+                raise ValueError(
+                    f"`contextual_token_id` {contextual_token_id} is also used for {use}; the Contextual token needs an "
+                    "id of its own, such as that of an added special token."
+                )
         self._control_tokens = [token for token in tokenizer.get_added_vocab() if token]
 
     @classmethod
@@ -74,7 +88,7 @@ class Causal2VecProcessor(ProcessorMixin):
         self,
         texts: str | Sequence[str],
         instruction: str | Sequence[str | None] | None = None,
-        examples: Sequence[dict] | None = None,
+        examples: Sequence[dict] | Sequence[Sequence[dict]] | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
@@ -83,7 +97,8 @@ class Causal2VecProcessor(ProcessorMixin):
             texts (`str` or list of `str`): What to embed; a string is a batch of one. Any string is fine.
             instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text.
             examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` and
-                optionally its own `"instruction"`; they become part of the head.
+                optionally its own `"instruction"`; they become part of the head. A list of such lists gives each text its
+                own.
             max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
                 examples to `icl_max_seq_length`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
@@ -93,19 +108,25 @@ class Causal2VecProcessor(ProcessorMixin):
             `encoder_attention_mask` (batch, encoder_seq_len) for the encoder, padded to the longest row.
 
         Raises:
-            TypeError: something that should be a string is not.
+            TypeError: something that should be a string is not, or `max_length` is no integer.
             ValueError: as many instructions as texts were expected, or the head leaves no room for text.
         """
         texts = [texts] if isinstance(texts, str) else check_texts(texts)
         instructions = broadcast_instruction(instruction, len(texts))
         if max_length is None:
             max_length = self.icl_max_seq_length if examples else self.max_seq_length
+        if not isinstance(max_length, int) or isinstance(max_length, bool):
+            raise TypeError(f"`max_length` must be an integer, got {type(max_length).__name__}: {max_length!r}.")
 
-        heads = {text: self.encode_head(text, examples) for text in set(instructions)}
-        rows = [
-            self._build_row(heads[instruction], text_ids, max_length)
-            for instruction, text_ids in zip(instructions, self._encode_plain(self.tokenizer, texts))
-        ]
+        if examples and isinstance(examples, (list, tuple)) and isinstance(examples[0], (list, tuple)):
+            if len(examples) != len(texts):
+                raise ValueError(f"Expected examples for all texts or {len(texts)} lists, got {len(examples)} lists.")
+            heads = [self.encode_head(*arguments) for arguments in zip(instructions, examples)]
+        else:
+            shared = {instruction: self.encode_head(instruction, examples) for instruction in set(instructions)}
+            heads = [shared[instruction] for instruction in instructions]
+        text_ids = self._encode_plain(self.tokenizer, texts)
+        rows = [self._build_row(head_ids, ids, max_length) for head_ids, ids in zip(heads, text_ids)]
         input_ids, attention_mask = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
         encoder_ids, encoder_attention_mask = self._encode_for_encoder(texts)
         data = {
@@ -116,6 +137,11 @@ class Causal2VecProcessor(ProcessorMixin):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As everywhere in transformers."""
+        self.encoder_tokenizer("")  # or its file would hold the truncation of the last call
+        return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
@@ -123,10 +149,11 @@ class Causal2VecProcessor(ProcessorMixin):
     def encode_head(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
         """Ids of everything before the slot. The same for every text of a task."""
         user_part = _clean(format_examples(examples, instruction) + (instruction or ""))
-        if any(token in user_part for token in self._control_tokens):
+        head = self.prompt_head + user_part
+        if any(head.count(token) != self.prompt_head.count(token) for token in self._control_tokens):
             head_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
         else:
-            head_ids = self._encode_trusted(self.prompt_head + user_part)
+            head_ids = self._encode_trusted(head)
         return self._bos_ids + head_ids
 
     def _build_row(self, head_ids: list[int], text_ids: list[int], max_length: int) -> list[int]:
@@ -175,17 +202,23 @@ PROCESSOR_SETTINGS = (
 )
 
 
-def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, **hub_kwargs):
+def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder: str = "", **hub_kwargs):
     """
     Loads the tokenizers that stand beside a saved model. The sub-configurations say which classes they have, so no
     remote code is asked for.
 
     Returns:
         The decoder's tokenizer and the encoder's.
+
+    Raises:
+        OSError: one of them is not there. `AutoTokenizer` alone would make up an empty one.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=decoder_config, **hub_kwargs)
+    encoder_subfolder = f"{subfolder}/encoder_tokenizer".lstrip("/")
+    for folder in (subfolder, encoder_subfolder):
+        cached_file(folder_or_id, "tokenizer_config.json", subfolder=folder, **hub_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=decoder_config, subfolder=subfolder, **hub_kwargs)
     encoder_tokenizer = AutoTokenizer.from_pretrained(
-        folder_or_id, config=encoder_config, subfolder="encoder_tokenizer", **hub_kwargs
+        folder_or_id, config=encoder_config, subfolder=encoder_subfolder, **hub_kwargs
     )
     return tokenizer, encoder_tokenizer
 
@@ -213,9 +246,7 @@ def format_examples(examples: Sequence[dict] | None, instruction: str | None) ->
         for key in ("instruction", "query", "response"):
             if not isinstance(fields[key], str):
                 raise TypeError(f"{key!r} of example {position} must be a string, got {type(fields[key]).__name__}.")
-        parts.append(
-            f"<instruct>{fields['instruction']}\n<query>{fields['query']}\n<response>{fields['response']}\n\n"
-        )
+        parts.append(f"<instruct>{fields['instruction']}\n<query>{fields['query']}\n<response>{fields['response']}\n\n")
     return "".join(parts)
 
 
@@ -226,7 +257,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     Raises:
         TypeError: not a sequence of strings. Says where and what came instead.
     """
-    if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
+    if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__") or getattr(texts, "shape", None) == ():
         raise TypeError(f"`texts` must be a string or a list of strings, got {type(texts).__name__}: {texts!r:.80}.")
     texts = list(texts)
     for position, text in enumerate(texts):

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from card import without_machine_paths, write_card
 from data import Collator, SingleDatasetBatchSampler, TrainingData, load_rows, read_data_file
-from losses import InfoNCE, gradcache_backward, split_batch
+from losses import InfoNCE, gradcache_backward, split_by_length
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE
 
@@ -126,6 +127,12 @@ class Causal2VecTrainingArguments(TrainingArguments):
             "help": "All rows of a global batch are negatives of each other: the accumulation steps become mini-batches of one batch."
         },
     )
+    share_heads: bool = field(
+        default=True,
+        metadata={
+            "help": "Rows of a batch with the same instruction read it once; gradients are the same. Without effect under gradient checkpointing or dropout."
+        },
+    )
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Embedding sizes at which the loss is taken too."}
     )
@@ -188,8 +195,9 @@ class Causal2VecTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         eval_frozen_towers(self.model)
-        queries = model(**inputs["queries"]).embeddings  # (batch, 2 * hidden_size)
-        documents = model(**inputs["documents"]).embeddings  # (batch + negatives, 2 * hidden_size)
+        share = self.args.share_heads
+        queries = model(**inputs["queries"], share_heads=share).embeddings  # (batch, 2 * hidden_size)
+        documents = model(**inputs["documents"], share_heads=share).embeddings  # (batch + negatives, 2 * hidden_size)
         loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
         self._check_finite(loss, inputs)
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
@@ -203,14 +211,16 @@ class Causal2VecTrainer(Trainer):
 
         def embed(batch: dict) -> torch.Tensor:
             with self.compute_loss_context_manager():
-                return model(**batch).embeddings.float()
+                return model(**batch, share_heads=self.args.share_heads).embeddings.float()
 
         def loss_from(embeddings):
+            embeddings = (rows[order] for rows, order in zip(embeddings, orders))
             loss = self.loss(*embeddings, inputs["query_ids"], inputs["document_ids"])
             self._check_finite(loss, inputs)
             return loss
 
-        groups = [split_batch(inputs[side], self.mini_batch_size) for side in ("queries", "documents")]
+        sides = (inputs["queries"], inputs["documents"])
+        groups, orders = zip(*(split_by_length(side, self.mini_batch_size) for side in sides))
         return gradcache_backward(
             embed, loss_from, groups, self.accelerator.backward, lambda: self.accelerator.no_sync(model)
         )
@@ -468,8 +478,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTra
     return parser.parse_args_into_dataclasses(argv)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Runs a training; returns the folder of the trained model."""
+def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Runs a training, with further callbacks if wanted; returns the folder of the trained model."""
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
@@ -511,7 +521,7 @@ def main(argv: list[str] | None = None) -> Path:
         sampler=sampler,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,
-        callbacks=[MarkComplete()],
+        callbacks=[MarkComplete(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():

@@ -2,11 +2,14 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_modules_cache = tempfile.TemporaryDirectory()  # remote code is copied here, and nothing older is found
+os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,6 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+
+torch.set_num_threads(1)  # the models are so small that threads cost more than they give
 
 TEXTS = [
     "How much protein should a female eat?",
@@ -94,14 +99,15 @@ def decoder_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
-    specials = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """WordPiece like BERT's. Its vocabulary is written down, not trained: WordPiece training breaks ties at random."""
+    characters = sorted(set("".join(TEXTS).lower() + "[]<>/|_0123456789") - {" "})
+    words = ["how", "much", "protein", "should", "a", "female", "eat", "the", "quick", "brown", "fox", "##ing", "##s"]
+    vocabulary = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{c}" for c in characters), *characters]
+    tokenizer = Tokenizer(
+        models.WordPiece({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        TEXTS * 3 + ["[ ] sep cls pad mask <>/|"],
-        trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False),
-    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -143,8 +149,9 @@ def make_model(backbone_dir):
     from modeling_causal2vec import Causal2VecModel
 
     def make(decoder: str = "llama", encoder: str = "bert", **kwargs):
+        encoder_dir, decoder_dir = backbone_dir(encoder), backbone_dir(decoder)
         torch.manual_seed(1)
-        model = Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir(encoder), backbone_dir(decoder), **kwargs)
+        model = Causal2VecModel.from_encoder_decoder_pretrained(encoder_dir, decoder_dir, **kwargs)
         for parameter in model.projector.parameters():  # large enough for the Contextual token to matter
             torch.nn.init.normal_(parameter, std=0.5)
         return model
@@ -155,3 +162,27 @@ def make_model(backbone_dir):
 @pytest.fixture(scope="session")
 def tiny_model(make_model):
     return make_model(query_instruction="Given a question, retrieve passages that answer it")
+
+
+@pytest.fixture(scope="session")
+def saved_dir(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model as a folder: weights, both tokenizers, code."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundled_dir() -> Path:
+    """The repository's root, if it is a checkpoint."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "encoder_tokenizer"):
+        if not (ROOT / name).exists():
+            pytest.skip(f"the repository holds no checkpoint: {name} is missing")
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def bundled_model(bundled_dir):
+    from modeling_causal2vec import Causal2VecModel
+
+    return Causal2VecModel.from_pretrained(bundled_dir)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from losses import InfoNCE, RandomState, gradcache_backward, known_positives, split_batch
+from losses import InfoNCE, RandomState, gradcache_backward, known_positives, split_by_length
 
 
 def ids(*values):
@@ -75,6 +75,23 @@ def test_matryoshka_is_the_mean_over_sizes_with_both_halves_cut_alike():
 def test_settings_that_cannot_work_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         InfoNCE(**arguments)
+
+
+def split_batch(batch, size):
+    rows = len(next(iter(batch.values())))
+    return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
+
+
+def test_mini_batches_of_like_length_give_the_same_rows(tiny_model):
+    batch = batch_of(tiny_model, ["short", "a much longer text than the others here", "", "middling length"], "find")
+    batches, order = split_by_length(batch, 2)
+    assert [len(part["input_ids"]) for part in batches] == [2, 2]
+    assert batches[0]["input_ids"].shape[1] > batches[1]["input_ids"].shape[1]
+    assert batches[0]["encoder_ids"].shape[1] > batches[1]["encoder_ids"].shape[1]
+    with torch.no_grad():
+        expected = tiny_model(**batch).embeddings
+        actual = torch.cat([tiny_model(**part).embeddings for part in batches])[order]
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def batch_of(model, texts, instruction=None):

@@ -1,0 +1,221 @@
+"""Training speed and memory: train.py with GradCache against sentence-transformers' own trainer.
+
+Both train the same checkpoint on the same rows in the same order of datasets, batch size, mini-batch size and precision:
+decoder and projector in full, encoder frozen. The opponent is SentenceTransformerTrainer with
+CachedMultipleNegativesRankingLoss over this repository's sentence-transformers module, so the model code is the same and
+what differs is the training loop. Each measurement is a process of its own (its peak memory is then its own); the two
+take turns, and the first step of each, a warm-up, is not counted. Quote the ratio: both sides of it were measured in one
+run, on a machine that may be busy.
+
+    python benchmarks/bench_train.py --data_dir ../shared/data/train
+
+Prints a table and, as its last line, JSON; writes bench_train.json and bench_train.png to benchmarks/results/.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+sys.path.insert(0, str(ROOT))
+
+
+def step_timer():
+    """A callback that notes the time at the end of every optimizer step."""
+    from transformers import TrainerCallback
+
+    class StepTimer(TrainerCallback):
+        def __init__(self):
+            self.ends: list[float] = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.ends.append(time.perf_counter())
+
+    return StepTimer()
+
+
+def data_file(args, folder: str) -> str:
+    """A data file with the one dataset that is trained on."""
+    from data import read_data_file
+
+    (spec,) = read_data_file(str(ROOT / "recipes/data/tiny.json"), [args.dataset])
+    path = Path(folder, "data.json")
+    path.write_text(json.dumps([{"name": spec.name, "path": spec.path, "instructions": spec.instructions}]))
+    return str(path)
+
+
+def run_ours(args, folder: str) -> list[float]:
+    import train
+
+    timer = step_timer()
+    flags = {
+        "model": args.model,
+        "output_dir": f"{folder}/run",
+        "data_file": data_file(args, folder),
+        "data_dir": args.data_dir,
+        "train_decoder": "full",
+        "train_encoder": "frozen",
+        "train_max_length": args.max_length,
+        "per_device_train_batch_size": args.mini_batch_size,
+        "gradient_accumulation_steps": args.batch_size // args.mini_batch_size,
+        "max_steps": args.steps + 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
+    flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    train.main([*flags, "--gradcache", *(["--bf16"] if args.bf16 else [])], callbacks=[timer])
+    return timer.ends
+
+
+def run_sentence_transformers(args, folder: str) -> list[float]:
+    import datasets
+    import torch
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    from data import load_rows, read_data_file
+    from modeling_causal2vec import Causal2VecModel
+    from sentence_causal2vec import Causal2VecSTModule
+
+    (spec,) = read_data_file(data_file(args, folder))
+    module = Causal2VecSTModule(Causal2VecModel.from_pretrained(args.model, dtype="float32"))
+    module.max_seq_length = args.max_length
+    model = SentenceTransformer(modules=[module])
+    module.model.encoder.requires_grad_(False)
+    rows = [row for row in load_rows(spec, args.data_dir, f"{folder}/data") if row["negatives"]]
+    rows = datasets.Dataset.from_list(
+        [{"anchor": row["query"], "positive": row["positive"], "negative": row["negatives"][0]} for row in rows]
+    )
+    timer = step_timer()
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=f"{folder}/run",
+            per_device_train_batch_size=args.batch_size,
+            max_steps=args.steps + 1,
+            learning_rate=1e-4,
+            bf16=args.bf16,
+            use_cpu=not torch.accelerator.is_available(),
+            prompts={"anchor": spec.instructions[0]},
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        loss=CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=args.mini_batch_size),
+        callbacks=[timer],
+    )
+    trainer.train()
+    return timer.ends
+
+
+RUNNERS = {"causal2vec": run_ours, "sentence-transformers": run_sentence_transformers}
+
+
+def measure(args) -> None:
+    """One measurement in this process; prints it as JSON."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        ends = RUNNERS[args.only](args, folder)
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"rows_per_second": args.batch_size / seconds, "peak_memory_bytes": peak}))
+
+
+def compare(args) -> dict:
+    """Measures both in turn, `args.repeats` times."""
+    runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
+    for repeat in range(args.repeats):
+        for name in RUNNERS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            runs[name].append(json.loads(output.strip().splitlines()[-1]))
+            print(f"repeat {repeat + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
+    ours, theirs = (runs[name] for name in RUNNERS)
+    return {
+        "settings": {key: value for key, value in vars(args).items() if key not in ("only", "redraw", "data_dir")},
+        "runs": runs,
+        "speed_ratio": statistics.median(
+            a["rows_per_second"] / b["rows_per_second"] for a, b in zip(ours, theirs, strict=True)
+        ),
+        "memory_ratio": statistics.median(
+            a["peak_memory_bytes"] / b["peak_memory_bytes"] for a, b in zip(ours, theirs, strict=True)
+        ),
+    }
+
+
+def report(result: dict) -> None:
+    """Prints the table and draws the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    print("| trainer | rows per second | peak memory, GB |\n|---|---|---|")
+    panels = (("rows_per_second", "rows per second", 1), ("peak_memory_bytes", "peak memory, GB", 1e9))
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) / unit for key, _, unit in panels}
+        for name, runs in result["runs"].items()
+    }
+    for name, values in medians.items():
+        print(f"| {name} | {values['rows_per_second']:.1f} | {values['peak_memory_bytes']:.2f} |")
+    print(f"speed ratio {result['speed_ratio']:.2f}, memory ratio {result['memory_ratio']:.2f}")
+
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6))
+    for axis, (key, label, unit) in zip(axes, panels):
+        axis.barh(list(medians), [values[key] for values in medians.values()], color=["#2a6f97", "#a9a9a9"])
+        for place, runs in enumerate(result["runs"].values()):
+            axis.plot([run[key] / unit for run in runs], [place] * len(runs), "k.", markersize=4)
+        axis.set_xlabel(label)
+        axis.invert_yaxis()
+    axes[1].set_yticklabels([])
+    figure.tight_layout()
+    figure.savefig(RESULTS / "bench_train.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT), help="checkpoint to train; default: the bundled one")
+    parser.add_argument("--data_dir", default="../shared/data/train", help="folder of the training files")
+    parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/tiny.json with hard negatives")
+    parser.add_argument("--batch_size", type=int, default=128, help="rows per step")
+    parser.add_argument("--mini_batch_size", type=int, default=32, help="rows embedded at a time")
+    parser.add_argument("--max_length", type=int, default=128, help="decoder tokens per row")
+    parser.add_argument("--steps", type=int, default=4, help="counted steps per measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each trainer")
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="float32 instead of bfloat16")
+    parser.add_argument("--only", choices=list(RUNNERS), help=argparse.SUPPRESS)
+    parser.add_argument("--redraw", action="store_true", help="draw again from the JSON, measure nothing")
+    args = parser.parse_args()
+    if args.only:
+        measure(args)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "bench_train.json"
+    if args.redraw:
+        result = json.loads(path.read_text())
+    else:
+        result = compare(args)
+        result["settings"]["model"] = Path(args.model).resolve().name
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    report(result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What smaller vectors lose: float32, float16, int8 and binary, at full and truncated dimensions.
+
+    python benchmarks/storage.py --data_dir ../shared/data/eval --output benchmarks/results/storage
+    python benchmarks/storage.py --redraw benchmarks/results/storage
+
+Texts are embedded once; every variant is made from those vectors, documents and queries alike, by sentence-transformers'
+quantize_embeddings as in its `precision=`. int8 takes each number's range from the documents (of an STS pack, from all
+sentences). Binary keeps the signs and compares by the share of equal bits. Scores are Spearman's correlation and nDCG@10,
+times 100. Left in --output: storage.json, storage.md and storage.png.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
+
+
+def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """`truncate_dim`: the first half of `dim` from each of the two states, scaled to length 1."""
+    contextual, eos = np.split(vectors, 2, axis=1)  # (texts, hidden_size) each
+    vectors = np.concatenate([contextual[:, : dim // 2], eos[:, : dim // 2]], axis=1)  # (texts, dim)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def store(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarray:
+    """What is compared after storing in this precision: `(texts, dim)`, as float32."""
+    from sentence_transformers.util import quantize_embeddings
+
+    if precision == "int8":
+        levels = quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float32)
+        low, high = ranges
+        vectors = low + (levels + 128) * (high - low) / 255
+    elif precision == "binary":
+        bits = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1)[:, : vectors.shape[1]]
+        vectors = 2 * bits.astype(np.float32) - 1  # a product of signs counts equal bits less unequal ones
+    elif precision == "float16":
+        vectors = vectors.astype(np.float16).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def sides(model, pack, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of first and second sentences, or of queries and documents."""
+    from dev import STSDev
+
+    if isinstance(pack, STSDev):
+        first, second = (
+            model.encode(t, instruction=pack.instruction, batch_size=batch_size) for t in (pack.first, pack.second)
+        )
+        return first, second
+    return (
+        model.encode(pack.queries, instruction=pack.instruction, batch_size=batch_size),
+        model.encode(pack.corpus, batch_size=batch_size),
+    )
+
+
+def shorten(pack, max_documents: int | None) -> int | None:
+    """Leaves a retrieval pack this many documents: all that answer a query, then the first others. Returns how many."""
+    from dev import STSDev
+
+    if isinstance(pack, STSDev):
+        return None
+    answers = set().union(*pack.relevant)
+    others = [place for place in range(len(pack.corpus)) if place not in answers]
+    kept = sorted([*answers, *others[: max(0, (max_documents or len(pack.corpus)) - len(answers))]])
+    places = {place: new for new, place in enumerate(kept)}
+    pack.corpus = [pack.corpus[place] for place in kept]
+    pack.relevant = [{places[place] for place in wanted} for wanted in pack.relevant]
+    return len(kept)
+
+
+def score(pack, first: np.ndarray, second: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    from dev import STSDev, ndcg_at_10
+
+    if isinstance(pack, STSDev):
+        return 100 * float(spearmanr((first * second).sum(1), pack.gold).statistic)
+    best = np.argsort(-(first @ second.T), axis=1, kind="stable")[:, :10]  # (queries, 10)
+    return 100 * ndcg_at_10(best.tolist(), pack.relevant)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Scores of all variants on all packs."""
+    from dev import STSDev, load_pack
+    from modeling_causal2vec import Causal2VecModel
+
+    model = Causal2VecModel.from_pretrained(args.model)
+    instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
+    full = 2 * model.config.hidden_size
+    dims = [dim for dim in (full, full // 2, full // 4, full // 8) if dim % 16 == 0]
+    rows = [{"dim": d, "precision": p, "bytes": d * bits / 8, "scores": {}} for d in dims for p, bits in BITS.items()]
+    documents = {}
+    for name in args.packs:
+        pack = load_pack(str(Path(args.data_dir, name)), instructions.get(name, model.config.query_instruction))
+        documents[name] = shorten(pack, args.max_documents)
+        vectors = sides(model, pack, args.batch_size)
+        for row in rows:
+            first, second = (cut(side, row["dim"]) for side in vectors)
+            known = np.concatenate([first, second]) if isinstance(pack, STSDev) else second
+            ranges = np.stack([known.min(0), known.max(0)])
+            first, second = (store(side, row["precision"], ranges) for side in (first, second))
+            row["scores"][name] = score(pack, first, second)
+    return {"model": Path(args.model).resolve().name, "packs": args.packs, "documents": documents, "rows": rows}
+
+
+def write(results: dict, output: Path) -> None:
+    """The table and the picture of what was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "storage.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    full = results["rows"][0]["scores"]
+    lines = [
+        "| numbers | precision | bytes per vector | " + " | ".join(results["packs"]) + " | loss |",
+        "|" + "---|" * (len(results["packs"]) + 4),
+    ]
+    for row in results["rows"]:
+        loss = np.mean([full[name] - row["scores"][name] for name in results["packs"]])
+        scores = " | ".join(f"{row['scores'][name]:.2f}" for name in results["packs"])
+        lines.append(f"| {row['dim']} | {row['precision']} | {row['bytes']:,.0f} | {scores} | {loss:.2f} |")
+    for name, count in results["documents"].items():
+        if count is not None:
+            lines += ["", f"{name}: {count:,} documents."]
+    (output / "storage.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    figure, axes = plt.subplots(1, len(results["packs"]), figsize=(5 * len(results["packs"]), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], results["packs"]):
+        for precision in BITS:
+            rows = [row for row in results["rows"] if row["precision"] == precision]
+            axis.plot([r["bytes"] for r in rows], [r["scores"][name] for r in rows], marker="o", label=precision)
+        axis.set(xscale="log", title=name, xlabel="bytes per vector", ylabel="score")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(output / "storage.png", dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
+    parser.add_argument("--data_dir", default="eval", help="folder of packs in mteb's layout")
+    parser.add_argument("--packs", nargs="+", default=["STSBenchmark", "SciFact"], help="STS or retrieval packs")
+    parser.add_argument("--max_documents", type=int, help="of a retrieval pack: all that answer, then the first others")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "storage", help="folder to write"
+    )
+    parser.add_argument(
+        "--redraw", type=Path, metavar="FOLDER", help="only write table and picture of a storage.json anew"
+    )
+    args = parser.parse_args(argv)
+    if args.redraw:
+        write(json.loads((args.redraw / "storage.json").read_text(encoding="utf-8")), args.redraw)
+    else:
+        results = measure(args)
+        write(results, args.output)
+        print((args.output / "storage.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,487 @@
+"""What results look like: summary of one run, comparison of several, and the figures.
+
+Reads the files that `eval_mteb.py` leaves in its output folder; needs neither mteb nor a model. Invariants: a mean over
+an incomplete list of tasks says so and over how many, differences are taken over tasks that both have, and tasks of
+one's own never enter a mean of MTEB's.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+
+PAPER = Path(__file__).resolve().parent / "results" / "paper.json"
+TABLE_START, TABLE_END = "<!-- results: start -->", "<!-- results: end -->"
+
+
+def load_paper() -> dict:
+    """The published scores, the 56 tasks by category (`categories`, `tasks`), and MTEB-MINI (`mini`)."""
+    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    paper["tasks"] = {task: category for category, tasks in paper["categories"].items() for task in tasks}
+    return paper
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a whole file or none: it appears under its name when it is complete."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    incomplete.write_text(text, encoding="utf-8")
+    os.replace(incomplete, path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model's main scores, times 100: over tasks of MTEB and over others, and over noisy inputs."""
+
+    name: str
+    types: dict[str, str]  # task -> type, of all tasks below
+    scores: dict[str, float]  # MTEB's tasks
+    other: dict[str, float]  # other tasks
+    noisy: dict[str, float]  # tasks of either kind, with noise in their inputs
+    records: dict[str, dict]  # task -> what was recorded with it
+
+
+def read_run(source: str | Path) -> Run:
+    """
+    The results of an output folder, or published ones.
+
+    Args:
+        source: A folder, or `paper:` and the name of a model of the paper.
+
+    Raises:
+        FileNotFoundError: there are no finished results.
+        ValueError: the paper has no such model.
+    """
+    if str(source).startswith("paper:"):
+        name = str(source).removeprefix("paper:")
+        paper = load_paper()
+        if name not in paper["scores"]:
+            raise ValueError(f"The paper has no model {name!r}; it has {list(paper['scores'])}.")
+        return Run(f"{name} (paper)", paper["tasks"], paper["scores"][name], {}, {}, {})
+
+    folder = Path(source)
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("records/*.json"))]
+    records = [record for record in records if record["finished"]]
+    if not records:
+        raise FileNotFoundError(f"{folder} has no finished results; is it the --output of an evaluation?")
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    run = Run(settings["label"], {}, {}, {}, {}, {})
+    for record in sorted(records, key=lambda record: task_order(record["task"], record["type"])):
+        task = record["task"]
+        run.types[task] = record["type"]
+        score = main_score(folder / record["result"], record["splits"])
+        if record["noise"]:
+            run.noisy[task] = score
+        else:
+            (run.scores if record["in_benchmark"] else run.other)[task] = score
+            run.records[task] = record
+    return run
+
+
+def task_order(task: str, category: str) -> tuple:
+    """Sorts as the paper's tables do: by category, then by name."""
+    categories = list(load_paper()["categories"])
+    return (categories.index(category) if category in categories else len(categories), task.lower())
+
+
+def main_score(path: Path, splits: Iterable[str]) -> float:
+    """The main score in one of mteb's result files, times 100."""
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return 100 * fmean(entry["main_score"] for split in splits for entry in scores[split])
+
+
+# ---------------------------------------------------------------------------------------------------- one run: summary
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over some of a list of tasks."""
+
+    value: float | None
+    count: int
+    total: int
+
+    @property
+    def complete(self) -> bool:
+        return self.count == self.total
+
+    @property
+    def label(self) -> str:
+        return f"{self.total} tasks" if self.complete else f"{self.count} of {self.total} tasks, partial"
+
+
+def mean_over(scores: Mapping[str, float], tasks: Iterable[str]) -> Mean:
+    """The mean over those of the tasks that have a score."""
+    tasks = list(tasks)
+    found = [scores[task] for task in tasks if task in scores]
+    return Mean(fmean(found) if found else None, len(found), len(tasks))
+
+
+def benchmark_means(scores: Mapping[str, float]) -> dict[str, Mean]:
+    """Means over each category of MTEB, over all of it, and over MTEB-MINI."""
+    paper = load_paper()
+    lists = {**paper["categories"], "MTEB(eng, v1)": paper["tasks"], "MTEB-MINI": paper["mini"]}
+    return {name: mean_over(scores, tasks) for name, tasks in lists.items()}
+
+
+def write_summary(output: str | Path) -> dict:
+    """Writes `summary.json` and `summary.md` of what is finished in an output folder; returns the former."""
+    output = Path(output)
+    run = read_run(output)
+    settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    means = benchmark_means(run.scores)
+    summary = {
+        "settings": settings,
+        "means": {
+            name: {"mean": mean.value, "tasks": mean.count, "of": mean.total, "complete": mean.complete}
+            for name, mean in means.items()
+            if mean.count
+        },
+        "tasks": run.scores,
+        "other_tasks": run.other,
+        "other_mean": fmean(run.other.values()) if run.other else None,
+        "noise": noise_table(run),
+    }
+    write_json(output / "summary.json", summary)
+    write_text(output / "summary.md", _summary_markdown(run, settings, means))
+    return summary
+
+
+def noise_table(run: Run) -> list[dict]:
+    """Clean score, noisy score and drop per task that has both, and their means."""
+    clean = {**run.scores, **run.other}
+    rows = [
+        {"task": task, "clean": clean[task], "noisy": noisy, "drop": clean[task] - noisy}
+        for task, noisy in run.noisy.items()
+        if task in clean
+    ]
+    if rows:
+        means = {key: fmean(row[key] for row in rows) for key in ("clean", "noisy", "drop")}
+        rows.append({"task": f"Mean over {len(rows)} tasks", **means})
+    return rows
+
+
+def _summary_markdown(run: Run, settings: Mapping, means: Mapping[str, Mean]) -> str:
+    described = ", ".join(
+        f"{key} {value}" for key, value in settings.items() if key not in ("label", "name") and value is not None
+    )
+    parts = [f"# {run.name}", described + "."]
+    if run.scores:
+        rows = [
+            [f"**{name}**" if name.startswith("MTEB") else name, mean.label, number(mean.value)]
+            for name, mean in means.items()
+            if mean.count
+        ]
+        parts += ["## MTEB(eng, v1)", markdown_table(["Mean of", "over", "score"], rows)]
+        parts.append(_task_table(run, run.scores))
+    if run.other:
+        parts += ["## Other tasks (not MTEB)", _task_table(run, run.other)]
+        parts.append(f"Mean over these {len(run.other)} tasks: {number(fmean(run.other.values()))}.")
+    if noisy := noise_table(run):
+        rows = [[row["task"], number(row["clean"]), number(row["noisy"]), number(-row["drop"], True)] for row in noisy]
+        parts += ["## With noise in every input", markdown_table(["Task", "clean", "noisy", "change"], rows)]
+    if any(record["data"].startswith("local-") for record in run.records.values()):
+        parts.append("Data marked local come from a folder and may differ from the Hub's.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _task_table(run: Run, scores: Mapping[str, float]) -> str:
+    rows = [
+        [task, run.types[task], run.records[task]["main_score"], run.records[task]["data"][:13], number(score)]
+        for task, score in scores.items()
+    ]
+    return markdown_table(["Task", "type", "main score", "data", "score"], rows)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose last columns, the numbers, stand to the right."""
+    is_number = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if right else "---" for right in is_number) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip("*+-–. ").replace(".", "").isdigit() or cell in ("", "–")
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Two decimals, as in the paper; a dash for none."""
+    return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------ several: comparison
+
+
+def compare(runs: Sequence[Run]) -> dict[str, list[dict]]:
+    """
+    Rows of the comparison: `means` and `tasks` of MTEB, `other` for tasks that are not, `drops` under noise.
+
+    Every mean is over the tasks that all runs have, so that a difference is never one between lists of tasks. A row has
+    `name`, `label` (over what), `scores`, one per run or None, and `differences` from the first run.
+
+    Raises:
+        ValueError: fewer than two runs, or no task that all have.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"A comparison needs at least two results, got {len(runs)}.")
+    paper = load_paper()
+    common = [task for task in paper["tasks"] if all(task in run.scores for run in runs)]
+    lists = {**paper["categories"], "MTEB(eng, v1)": list(paper["tasks"]), "MTEB-MINI": paper["mini"]}
+    means = []
+    for name, tasks in lists.items():
+        shared = [task for task in tasks if task in common]
+        if shared:
+            label = Mean(None, len(shared), len(tasks)).label
+            means.append(_row(name, label, [fmean(run.scores[task] for task in shared) for run in runs]))
+
+    other = sorted(
+        {task for run in runs for task in run.other},
+        key=lambda task: task_order(task, next(run.types[task] for run in runs if task in run.other)),
+    )
+    shared = [task for task in other if all(task in run.other for run in runs)]
+    if not common and not shared:
+        raise ValueError("No task has been scored for all of " + ", ".join(run.name for run in runs) + ".")
+    rows = [_row(task, _type(runs, task), [run.other.get(task) for run in runs]) for task in other]
+    if shared:
+        label = f"{len(shared)} tasks" if len(shared) == len(other) else f"{len(shared)} of {len(other)} tasks, partial"
+        rows.append(_row("Mean", label, [fmean(run.other[task] for task in shared) for run in runs]))
+    return {
+        "means": means,
+        "tasks": [
+            _row(task, category, [run.scores.get(task) for run in runs])
+            for task, category in paper["tasks"].items()
+            if sum(task in run.scores for run in runs) >= 2
+        ],
+        "other": rows,
+        "drops": _drop_rows(runs),
+    }
+
+
+def _drop_rows(runs: Sequence[Run]) -> list[dict]:
+    """How much each run loses by noise, per task and on average, over the tasks that all have with and without it."""
+    drops = [{row["task"]: row["drop"] for row in noise_table(run) if row["task"] in run.noisy} for run in runs]
+    shared = [task for task in drops[0] if all(task in other for other in drops)]
+    rows = [_row(task, _type(runs, task), [drop[task] for drop in drops]) for task in shared]
+    if shared:
+        rows.append(_row("Mean", f"{len(shared)} tasks", [fmean(drop[task] for task in shared) for drop in drops]))
+    return rows
+
+
+def _row(name: str, label: str, scores: list[float | None]) -> dict:
+    differences = [None if None in (score, scores[0]) else score - scores[0] for score in scores[1:]]
+    return {"name": name, "label": label, "scores": scores, "differences": differences}
+
+
+def _type(runs: Sequence[Run], task: str) -> str:
+    return next(run.types[task] for run in runs if task in run.types)
+
+
+def comparison_markdown(runs: Sequence[Run], rows: Mapping[str, list[dict]]) -> str:
+    """The comparison as tables; `difference` is from the first column of scores."""
+    names = [run.name for run in runs]
+    header = [names[0]]
+    for name in names[1:]:
+        header += [name, "difference"]
+
+    def cells(row: dict) -> list[str]:
+        cells = [number(row["scores"][0])]
+        for score, difference in zip(row["scores"][1:], row["differences"]):
+            cells += [number(score), number(difference, signed=True)]
+        return cells
+
+    heads = {
+        "means": ["MTEB, mean of", "over"],
+        "tasks": ["MTEB task", "type"],
+        "other": ["Task outside MTEB", "type"],
+        "drops": ["Drop under noise", "type"],
+    }
+    parts = [
+        markdown_table([*head, *header], [[row["name"], row["label"], *cells(row)] for row in rows[key]])
+        for key, head in heads.items()
+        if rows[key]
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def replace_table(text: str, table: str) -> str:
+    """
+    `text` with `table` between the two lines that mark its place.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    before, start, rest = text.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not (start and end):
+        raise ValueError(f"Expected the lines {TABLE_START} and {TABLE_END} around the table's place.")
+    return f"{before}{start}\n{table.strip()}\n{end}{after}"
+
+
+def write_comparison(sources: Sequence[str], output: str | Path, readme: str | Path | None = None) -> str:
+    """
+    Writes `compare.md`, `compare.json`, `compare_categories.png` and `compare_tasks.png`.
+
+    Args:
+        sources: What `read_run` takes.
+        readme: A Markdown file whose marked table is replaced too.
+
+    Returns:
+        The Markdown.
+    """
+    runs = [read_run(source) for source in sources]
+    rows = compare(runs)
+    text, output = comparison_markdown(runs, rows), Path(output)
+    write_text(output / "compare.md", text)
+    write_json(output / "compare.json", {"names": [run.name for run in runs], **rows})
+    plot_categories(runs, rows, output / "compare_categories.png")
+    plot_tasks(runs, rows, output / "compare_tasks.png")
+    if readme is not None:
+        readme = Path(readme)
+        write_text(readme, replace_table(readme.read_text(encoding="utf-8"), text))
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito: told apart by all eyes
+
+
+def _figure(width: float, height: float):
+    """A figure with one plain pair of axes; never opens a window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f".{path.stem}.{os.getpid()}.incomplete.png")
+    figure.savefig(incomplete)
+    os.replace(incomplete, path)
+
+
+def plot_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path) -> None:
+    """A group of bars per entry of `groups`, one bar in each for every series, with its number above it."""
+    width = 0.8 / len(series)
+    figure, axes = _figure(max(6.0, 1.0 + len(groups) * (0.45 + 0.42 * len(series))), 4.2)
+    for i, (name, values) in enumerate(series.items()):
+        places = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(places, values, width * 0.94, label=name, color=COLORS[i % len(COLORS)])
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylabel(label, fontsize=9)
+    axes.margins(x=0.01, y=0.1)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_title(title, loc="left", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_task_bars(
+    tasks: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path
+) -> None:
+    """As `plot_bars`, lying down: room for many tasks with long names."""
+    width = 0.8 / len(series)
+    figure, axes = _figure(7.5, 1.3 + len(tasks) * (0.12 + 0.15 * len(series)))
+    for i, (name, values) in enumerate(series.items()):
+        places = [task + (i - (len(series) - 1) / 2) * width for task in range(len(tasks))]
+        bars = axes.barh(places, values, width * 0.94, label=name, color=COLORS[i % len(COLORS)])
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(label, fontsize=9)
+    axes.margins(x=0.08)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_title(title, loc="left", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_categories(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) -> None:
+    """Bars of the means over each category, over MTEB, and over the tasks outside it."""
+    chosen = [row for row in rows["means"] if row["name"] != "MTEB-MINI" or not row["label"].endswith("partial")]
+    chosen = chosen + [
+        {**row, "name": "Tasks\noutside MTEB"} for row in rows["other"] if row["name"] == "Mean" and row["label"]
+    ]
+    groups = [_wrap(row["name"]) + "\n" + _short(row["label"]) for row in chosen]
+    series = {run.name: [row["scores"][i] for row in chosen] for i, run in enumerate(runs)}
+    plot_bars(groups, series, "mean of main scores", "Means over the tasks that all have", path)
+
+
+def _short(label: str) -> str:
+    return label.replace(" tasks, partial", " (partial)")
+
+
+def _wrap(name: str) -> str:
+    return {"PairClassification": "Pair\nClassification", "MTEB(eng, v1)": "MTEB\n(eng, v1)"}.get(name, name)
+
+
+def plot_tasks(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) -> None:
+    """A line per task with a dot per run; categories are named at the right."""
+    other = [{**row, "label": f"{row['label']}, not MTEB"} for row in rows["other"] if row["name"] != "Mean"]
+    chosen = [*rows["tasks"], *other]
+    figure, axes = _figure(8.0, 1.3 + 0.22 * len(chosen))
+    for y, row in enumerate(chosen):
+        found = [score for score in row["scores"] if score is not None]
+        axes.plot([min(found), max(found)], [y, y], color="#cccccc", linewidth=2, zorder=1, solid_capstyle="round")
+    for i, run in enumerate(runs):
+        points = [(row["scores"][i], y) for y, row in enumerate(chosen) if row["scores"][i] is not None]
+        axes.scatter(*zip(*points), s=26, color=COLORS[i % len(COLORS)], label=run.name, zorder=2)
+    for category, group in groupby(enumerate(chosen), key=lambda item: item[1]["label"]):
+        places = [y for y, _ in group]
+        axes.axhline(places[0] - 0.5, color="#bbbbbb", linewidth=0.7, zorder=0)
+        axes.annotate(
+            category,
+            (1.01, fmean(places)),
+            xycoords=("axes fraction", "data"),
+            annotation_clip=False,
+            va="center",
+            fontsize=7,
+            color="#666666",
+        )
+    axes.set_yticks(range(len(chosen)), [row["name"] for row in chosen], fontsize=7)
+    axes.set_ylim(len(chosen) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("main score", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=min(4, len(runs)), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_norms(norms: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Figure 5 of the paper: mean L2 norms of the two states that an embedding joins."""
+    series = {
+        label: [values[key] for values in norms.values()]
+        for label, key in (("Contextual token", "contextual"), ("EOS token", "eos"))
+    }
+    plot_task_bars(list(norms), series, "mean L2 norm", "L2 norms of the two states", path)
+
+
+def plot_lengths(lengths: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Figure 6 of the paper: mean lengths of the decoder's sequences, without and with in-context examples."""
+    labels = {"without_examples": "without examples", "with_examples": "with examples"}
+    series = {
+        label: [values[key] for values in lengths.values()]
+        for key, label in labels.items()
+        if all(key in values for values in lengths.values())
+    }
+    plot_task_bars(list(lengths), series, "mean length (tokens)", "Length of the decoder's sequence", path)

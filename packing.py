@@ -1,0 +1,198 @@
+"""Padding costs nothing: batches of texts of like length under a budget of tokens, and rows packed into one.
+
+`sorted_batches` sorts texts by their length in tokens, longest first, so that rows of a batch hardly differ and too large
+a batch shows at once. `packed_states` goes further: it joins the rows of a batch into one without padding, and attention
+runs over each run of equally long rows by itself. Invariants: every text is in exactly one batch, no vector depends on
+which, and no row sees another.
+"""
+
+import inspect
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+PACKED_ATTENTION = "causal2vec_packed"
+_SWITCHING = threading.Lock()  # a decoder's attention is chosen by its configuration, which threads share
+
+WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time
+
+
+def sorted_batches(
+    processor,
+    texts: Sequence[str],
+    instructions: Sequence[str | None],
+    examples: Sequence[dict] | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    count_heads: bool = True,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """
+    Cuts texts into batches of at most `batch_size` rows and `max_tokens` decoder tokens, padding included (but of one row
+    at least); without `count_heads`, what stands before the slot is left out of that.
+
+    Returns:
+        Pairs of the texts' positions and the four tensors that the model reads.
+    """
+    # Texts of a common instruction stay together, as they share their head; the rest is sorted by length alone.
+    counts = Counter(instructions)
+    groups = {name: i for i, name in enumerate(counts) if counts[name] >= batch_size}
+    order = sorted(range(len(texts)), key=lambda i: (groups.get(instructions[i], -1), -len(texts[i])))
+    for start in range(0, len(order), WINDOW * batch_size):
+        window = order[start : start + WINDOW * batch_size]
+        tensors = processor(
+            [texts[i] for i in window], [instructions[i] for i in window], examples=examples, max_length=max_length
+        )
+        counted = tensors["attention_mask"]  # (texts, seq_len)
+        if not count_heads:
+            counted = counted * (tensors["input_ids"] == processor.contextual_token_id).cumsum(-1)
+        lengths = counted.sum(-1).tolist()
+        keys = [(groups.get(instructions[i], -1), -length) for i, length in zip(window, lengths)]
+        for places in cut(sorted(range(len(window)), key=keys.__getitem__), lengths, batch_size, max_tokens):
+            batch = {}
+            for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
+                batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
+            yield [window[place] for place in places], batch
+
+
+def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Cuts an order of rows into batches under both limits."""
+    batch: list[int] = []
+    longest = 0
+    for place in order:
+        longest = max(longest, lengths[place])
+        if batch and (len(batch) == batch_size or (max_tokens and (len(batch) + 1) * longest > max_tokens)):
+            yield batch
+            batch, longest = [], lengths[place]
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops the columns that are padding in every row."""
+    used = mask.any(0)  # (seq_len,)
+    return ids[:, used], mask[:, used]
+
+
+def groups_of_like_length(lengths: Sequence[int], waste: float = 0.15, min_tokens: int = 128) -> list[list[int]]:
+    """
+    Cuts rows, longest first, where the next one would be padded by more than `waste` of its group's length, but never
+    below `min_tokens` per group: tiny matrix products are slow.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (lengths[row] >= (1 - waste) * longest or len(groups[-1]) * longest < min_tokens):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+@dataclass
+class Packing:
+    """
+    Rows that are read as one.
+
+    Args:
+        lengths (list of `int`): Tokens per row, without padding.
+        head ([`SharedHead`], *optional*): What all rows have before them.
+        windows (list, *optional*): Per decoder layer how far its attention reaches back; filled in.
+    """
+
+    lengths: list[int]
+    head: object | None = None
+    windows: list[int | None] = field(default_factory=list)
+    layers_done: list[int] = field(default_factory=list)
+
+
+def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing: Packing) -> torch.Tensor | None:
+    """
+    The decoder's last hidden state `(batch, seq_len, hidden_size)`, zero where rows end, of rows padded on the right.
+
+    Returns `None` where it could not be exact: attention is not SDPA, or does not go through transformers'
+    `AttentionInterface` in every layer.
+    """
+    config = decoder.config
+    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
+    if not takes_kwargs or config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+        logger.debug("%s reads rows padded: its attention cannot be replaced.", type(decoder).__name__)
+        return None
+    start = 0 if packing.head is None else packing.head.length
+    lengths = torch.tensor(packing.lengths, device=inputs_embeds.device)  # (batch,)
+    inside = torch.arange(inputs_embeds.shape[1], device=lengths.device) < lengths.unsqueeze(-1)  # (batch, seq_len)
+    position_ids = inside.nonzero()[:, 1].unsqueeze(0) + start  # (1, total)
+    packing.windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    packing.layers_done = []
+    with _SWITCHING:
+        before = config._attn_implementation
+        config._attn_implementation = PACKED_ATTENTION
+        try:
+            hidden = decoder(
+                inputs_embeds=inputs_embeds[inside].unsqueeze(0),  # (1, total, hidden_size)
+                # Four dimensions: taken as made already. A mask of two or none would be made into one over all rows.
+                attention_mask=inputs_embeds.new_zeros(1, 1, 1, 1),
+                position_ids=position_ids,
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state[0]  # (total, hidden_size)
+        finally:
+            config._attn_implementation = before
+    if sorted(packing.layers_done) != list(range(config.get_text_config().num_hidden_layers)):
+        logger.debug("%s reads rows padded: not all of its layers saw where rows end.", type(decoder).__name__)
+        return None
+    states = hidden.new_zeros(inputs_embeds.shape)
+    states[inside.to(hidden.device)] = hidden
+    return states  # (batch, seq_len, hidden_size)
+
+
+def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **kwargs):
+    """SDPA within each row of a packed one, `(1, heads, total, head_dim)`; without `packing`, SDPA as it is."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    packing.layers_done.append(module.layer_idx)
+    window = packing.windows[module.layer_idx]
+    layer = None if packing.head is None else packing.head.layers[module.layer_idx]
+    outputs, start = [], 0
+    for length, run in itertools.groupby(packing.lengths):
+        count = len(list(run))
+        end = start + count * length
+        # (1, heads, count * length, head_dim) -> (count, heads, length, head_dim), for queries, keys and values
+        q, k, v = (t[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for t in (query, key, value))
+        mask = None
+        if layer is not None:
+            k = torch.cat(
+                [layer.keys.expand(count, -1, -1, -1), k], dim=-2
+            )  # (count, kv_heads, kept + length, head_dim)
+            v = torch.cat([layer.values.expand(count, -1, -1, -1), v], dim=-2)
+        kept = k.shape[-2] - length
+        if kept or (window is not None and length > window):
+            back = torch.arange(kept, kept + length, device=q.device)[:, None] - torch.arange(
+                kept + length, device=q.device
+            )
+            mask = (back >= 0) if window is None else (back >= 0) & (back < window)  # (length, kept + length)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=True
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (count * length, heads, head_dim)
+        start = end
+    return torch.cat(outputs).unsqueeze(0), None  # (1, total, heads, head_dim)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,170 @@
+"""What a saved folder holds besides weights, configuration and tokenizers, so that it works for a stranger.
+
+These are the files that sentence-transformers reads, the instructions and a model card. Invariant: a folder that is
+written anew has no config.json until everything else is in its place, so that a half-written one does not load.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+
+try:
+    from .configuration_causal2vec import is_hub_id
+except ImportError:  # imported from a clone, where these files are top-level modules
+    from configuration_causal2vec import is_hub_id
+
+
+# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
+SHIPPED_CODE = (
+    "configuration_causal2vec.py",
+    "modeling_causal2vec.py",
+    "packing.py",
+    "prefix_cache.py",
+    "saving_utils.py",
+    "sentence_causal2vec.py",
+    "tokenization_utils.py",
+)
+
+# sentence-transformers' list of modules: ours alone, in the root of the folder. It pools and normalises itself.
+_ST_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_causal2vec.Causal2VecSTModule"}]
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags:
+- causal2vec
+- sentence-transformers
+- text-embeddings
+- sentence-similarity
+- custom_code
+{base_model}---
+
+# {name}
+
+A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {encoder} reads the text and gives one Contextual
+token, which {decoder} reads with the text. {dim} numbers per text, compared by cosine. It needs `torch` and
+`transformers` (5.17 or newer).
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path or id", revision="<40-digit commit>", trust_remote_code=True)
+queries = model.encode(["what is looked for"], instruction={instruction!r})
+passages = model.encode(["a passage", "another one"])
+print(queries @ passages.T)
+```
+
+With sentence-transformers: `SentenceTransformer("path or id", trust_remote_code=True)` gives the same vectors from
+`encode`, `encode_query` and `encode_document`.
+
+## Limits
+
+Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut, what the encoder reads
+at {encoder_max_seq_length}. What the weights were trained on, their scores and their licence were not recorded when this
+folder was saved; state them here before you publish it.
+
+## Code in this folder
+
+Loading runs it; read it, then pin the commit that you have read with `revision=`.
+
+{hashes}
+"""
+
+
+def write_sentence_transformers_files(folder: str | Path, config) -> None:
+    """Writes what `SentenceTransformer(folder, trust_remote_code=True)` reads; the prompts are instructions."""
+    settings = {
+        "model_type": "SentenceTransformer",
+        "requirements": {"sentence-transformers": ">=6", "transformers": ">=5.17"},
+        "prompts": {"query": config.query_instruction or "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    files = {
+        "modules.json": _ST_MODULES,
+        "config_sentence_transformers.json": settings,
+        "sentence_causal2vec_config.json": {"normalize": True},
+    }
+    for name, content in files.items():
+        Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_plain_card(folder: str | Path, config) -> None:
+    """Writes a model card that says what the configuration and the code say, and nothing about training."""
+    parts = (config, config.encoder_config, config.decoder_config)
+    bases = [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]
+    text = _CARD.format(
+        name=config.name_or_path.rsplit("/", 1)[-1] if is_hub_id(config.name_or_path) else "Causal2Vec",
+        base_model="".join(["base_model:\n", *(f"- {base}\n" for base in dict.fromkeys(bases))]) if bases else "",
+        encoder=f"an encoder of type `{config.encoder_config.model_type}`",
+        decoder=f"a decoder of type `{config.decoder_config.model_type}`",
+        dim=2 * config.hidden_size,
+        instruction=config.query_instruction or "Given a question, retrieve passages that answer it",
+        max_seq_length=config.max_seq_length,
+        icl_max_seq_length=config.icl_max_seq_length,
+        encoder_max_seq_length=config.encoder_max_seq_length,
+        hashes=code_table(folder),
+    )
+    Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+def code_table(folder: str | Path) -> str:
+    """A Markdown table of the folder's shipped Python files and their SHA-256."""
+    rows = [f"| `{name}` | `{digest}` |" for name, digest in code_hashes(folder).items()]
+    return "\n".join(["| file | SHA-256 |", "|---|---|", *rows])
+
+
+def refresh_hashes(folder: str | Path) -> None:
+    """Brings the SHA-256 rows that a card has up to date."""
+    card = Path(folder, "README.md")
+    old = card.read_text(encoding="utf-8")
+    new = old
+    for name, digest in code_hashes(folder).items():
+        new = re.sub(rf"(\| `{re.escape(name)}` \| `)[0-9a-f]{{64}}(` \|)", rf"\g<1>{digest}\g<2>", new)
+    if new != old:
+        card.write_text(new, encoding="utf-8")
+
+
+def code_hashes(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each shipped Python file that the folder has."""
+    paths = [Path(folder, name) for name in SHIPPED_CODE]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+
+
+def move_into(source: Path, target: Path) -> None:
+    """
+    Moves a complete new folder's files into an existing one and removes weights that it replaces. config.json goes first
+    and comes last. Files that are the same stay untouched; others of the target are kept.
+    """
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    files.sort(key=lambda file: file == Path("config.json"))  # stable: config.json last
+    changed = [file for file in files if not _same_content(source / file, target / file)]
+    has_weights = any(_is_weights(file.name) for file in files)
+    stale = [
+        path for path in target.iterdir() if has_weights and _is_weights(path.name) and Path(path.name) not in files
+    ]
+    if not changed and not stale:
+        return
+    if Path("config.json") in files:
+        (target / "config.json").unlink(missing_ok=True)
+        changed = [*(file for file in changed if file != Path("config.json")), Path("config.json")]
+    for path in stale:
+        path.unlink()
+    for file in changed:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+
+
+def _is_weights(name: str) -> bool:
+    """Whether transformers takes a file of this name for (a part of) the model."""
+    return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", name) is not None
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    if not second.is_file() or first.stat().st_size != second.stat().st_size:
+        return False
+    with open(first, "rb") as a, open(second, "rb") as b:
+        return all(chunk == b.read(2**20) for chunk in iter(lambda: a.read(2**20), b""))

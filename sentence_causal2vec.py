@@ -1,0 +1,161 @@
+"""Causal2Vec as a module of sentence-transformers, and through it for all that builds on sentence-transformers.
+
+    SentenceTransformer("path or id", trust_remote_code=True).encode(texts, prompt="an instruction")
+
+Prompts are instructions: they take the place that the processor gives them, before the Contextual token, and the encoder
+never reads them. Invariants: vectors equal `Causal2VecModel.encode`'s, whether plain, with a prompt or truncated; no
+feature but `input_ids` has a name that ends in `_input_ids` (sentence-transformers' trainer would take it for another
+sentence). This is the only shipped file that imports sentence_transformers, and nothing imports this file.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+try:
+    from sentence_transformers.base.modules import InputModule
+except ImportError as error:
+    raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
+
+try:
+    from .modeling_causal2vec import Causal2VecModel, truncate_embeddings
+    from .tokenization_utils import Causal2VecProcessor
+except ImportError:  # imported from a clone, where these files are top-level modules
+    from modeling_causal2vec import Causal2VecModel, truncate_embeddings
+    from tokenization_utils import Causal2VecProcessor
+
+
+class TwoStates(torch.Tensor):
+    """
+    Embeddings `(..., 2 * hidden_size)` whose prefix `[..., :dim]` is what `encode` calls `truncate_dim`: the first half
+    of `dim` from each of the two states, scaled to length 1 if `normalize` is set. sentence-transformers cuts that way in
+    `encode` and in MatryoshkaLoss. Whatever else is done with it gives a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    normalize: bool
+
+    def __getitem__(self, key):
+        plain = self.as_subclass(torch.Tensor)
+        is_prefix = (
+            isinstance(key, tuple)
+            and len(key) == 2
+            and key[0] is Ellipsis
+            and isinstance(key[1], slice)
+            and key[1].start is None
+            and key[1].step is None
+            and isinstance(key[1].stop, int)
+        )
+        if not is_prefix or key[1].stop >= plain.shape[-1]:
+            return plain[key]
+        dim = key[1].stop
+        if dim < 2 or dim % 2:
+            raise ValueError(f"`truncate_dim` must be an even integer between 2 and {plain.shape[-1]}, got {dim}.")
+        truncated = truncate_embeddings(plain, dim)
+        return nn.functional.normalize(truncated, dim=-1) if self.normalize else truncated
+
+
+class Causal2VecSTModule(InputModule):
+    """
+    Args:
+        model ([`Causal2VecModel`]): The model, with its processor.
+        normalize (`bool`, defaults to `True`): Whether vectors have length 1, as `Causal2VecModel.encode`'s have.
+    """
+
+    config_file_name = "sentence_causal2vec_config.json"
+    config_keys = ["normalize"]
+    save_in_root = True
+    forward_kwargs = {"examples"}  # encode(texts, examples=[{"query": ..., "response": ...}])
+
+    def __init__(self, model: Causal2VecModel, normalize: bool = True):
+        super().__init__()
+        self.model = model
+        self.normalize = normalize
+
+    def preprocess(self, inputs, prompt: str | None = None, examples=None, **kwargs) -> dict[str, torch.Tensor]:
+        """The four tensors of a batch of texts; `prompt` is the instruction."""
+        return dict(self.model.processor(inputs, instruction=prompt or None, examples=examples))
+
+    def forward(self, features: dict, **kwargs) -> dict:
+        """Adds `sentence_embedding` of shape `(batch, 2 * hidden_size)`, in float32."""
+        tensors = {name: features[name] for name in self.model.processor.model_input_names}
+        embeddings = self.model(**tensors, share_heads=not self.training).embeddings.float()
+        if self.normalize:
+            embeddings = nn.functional.normalize(embeddings, dim=-1)
+        features["sentence_embedding"] = embeddings.as_subclass(TwoStates)
+        features["sentence_embedding"].normalize = self.normalize
+        return features
+
+    @property
+    def tokenizer(self):
+        """The decoder's tokenizer; the encoder's is `processor.encoder_tokenizer`."""
+        return self.model.processor.tokenizer
+
+    @property
+    def processor(self) -> Causal2VecProcessor:
+        return self.model.processor
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest decoder sequence in tokens; see [`Causal2VecConfig`]."""
+        return self.model.processor.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        if not isinstance(value, int) or value < 3:
+            raise ValueError(f"`max_seq_length` must be an integer of at least 3, got {value!r}.")
+        self.model.config.max_seq_length = self.model.processor.max_seq_length = value
+
+    def get_embedding_dimension(self) -> int:
+        return 2 * self.model.config.hidden_size
+
+    def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
+        """Saves the whole model, as `Causal2VecModel.save_pretrained` does. Weights are always safetensors."""
+        prompts = Path(output_path, "config_sentence_transformers.json")
+        written = prompts.read_bytes() if prompts.exists() else None  # by SentenceTransformer, with its user's prompts
+        self.model.save_pretrained(output_path)
+        if written is not None:
+            prompts.write_bytes(written)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict | None = None,
+        processor_kwargs: dict | None = None,
+        config_kwargs: dict | None = None,
+        backend: str = "torch",
+        **kwargs,
+    ) -> "Causal2VecSTModule":
+        """
+        Loads weights, both tokenizers and settings from a folder or Hub id.
+
+        Args:
+            model_kwargs (`dict`, *optional*): For `Causal2VecModel.from_pretrained`, such as `{"dtype": "bfloat16"}`.
+
+        Raises:
+            ValueError: `processor_kwargs`, `config_kwargs` or another backend than torch are given.
+        """
+        if backend != "torch":
+            raise ValueError(f"`backend` must be 'torch', got {backend!r}: the two backbones are not exported.")
+        for name, value in (("processor_kwargs", processor_kwargs), ("config_kwargs", config_kwargs)):
+            if value:
+                raise ValueError(f"`{name}` is not read, got {value!r}: the layout of a row belongs to the checkpoint.")
+        where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
+        settings = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
+        model = Causal2VecModel.from_pretrained(
+            model_name_or_path, cache_dir=cache_folder, **where, **(model_kwargs or {})
+        )
+        return cls(model, **settings)
+
+
+__all__ = ["Causal2VecSTModule"]

@@ -1,0 +1,125 @@
+"""Tiny tasks of all seven types, written as folders in mteb's dataset layout; and what a process of its own needs."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mteb_encoder
+
+
+SUBJECTS = ("The cat", "A doctor", "My neighbour", "The old bridge", "This recipe", "Her brother", "A small boat")
+VERBS = ("likes", "ignores", "needs", "remembers", "follows")
+OBJECTS = ("warm milk", "the morning news", "a red umbrella", "cold rain", "loud music", "the quick brown fox")
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Different sentences; the same ones for the same seed."""
+    every = [f"{subject} {verb} {thing}." for subject in SUBJECTS for verb in VERBS for thing in OBJECTS]
+    return random.Random(seed).sample(every, count)
+
+
+def write_pack(folder: Path, configs: dict[str, dict[str, list[dict]]], task: dict | None = None) -> Path:
+    """`configs`: configuration -> split -> rows."""
+    front = ["---", "configs:"]
+    for config, splits in configs.items():
+        front += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            file = folder / config / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            front += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*front, "---", ""]), encoding="utf-8")
+    if task is not None:
+        (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    return folder
+
+
+def sts_rows(seed: int, count: int = 12) -> list[dict]:
+    texts, scores = sentences(2 * count, seed), random.Random(seed)
+    return [
+        {"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1], "score": round(5 * scores.random(), 2)}
+        for i in range(count)
+    ]
+
+
+def retrieval_configs(seed: int, reranking: bool = False) -> dict:
+    documents, queries = sentences(20, seed), sentences(6, seed + 1)
+    configs = {
+        "corpus": {"test": [{"_id": f"d{i}", "title": f"Title {i}", "text": text} for i, text in enumerate(documents)]},
+        "queries": {"test": [{"_id": f"q{i}", "text": text} for i, text in enumerate(queries)]},
+        "default": {"test": [{"query-id": f"q{i}", "corpus-id": f"d{3 * i}", "score": 1} for i in range(len(queries))]},
+    }
+    if reranking:
+        candidates = [f"d{i}" for i in range(20)]
+        configs["top_ranked"] = {
+            "test": [{"query-id": f"q{i}", "corpus-ids": candidates[: 3 * i + 4]} for i in range(len(queries))]
+        }
+    return configs
+
+
+def labelled_rows(count: int, seed: int) -> list[dict]:
+    return [{"text": text, "label": i % 3} for i, text in enumerate(sentences(count, seed))]
+
+
+def write_sts(folder: Path, seed: int = 0, task: dict | None = None) -> Path:
+    return write_pack(folder, {"default": {"test": sts_rows(seed)}}, task)
+
+
+def write_all_types(data_dir: Path) -> dict[str, str]:
+    """A pack of one's own for each type; returns name -> main score."""
+
+    def spec(name: str, type_: str, main_score: str) -> dict:
+        return {"name": name, "type": type_, "main_score": main_score, "instruction": f"Instruction of {name}"}
+
+    pairs = [{"sentence1": row["sentence1"], "sentence2": row["sentence2"]} for row in sts_rows(3)]
+    sets = [{"sentences": sentences(24, seed), "labels": [f"label {i % 4}" for i in range(24)]} for seed in (6, 7)]
+    summaries = [
+        {
+            "text": sentences(1, seed)[0],
+            "human_summaries": sentences(3, seed + 10),
+            "machine_summaries": sentences(5, seed + 20),
+            "relevance": [1.0, 4.5, 2.0, 3.0, 5.0],
+        }
+        for seed in range(4)
+    ]
+    packs = [
+        (spec("X-Retrieval", "Retrieval", "ndcg_at_10"), retrieval_configs(1)),
+        (spec("X-Reranking", "Reranking", "map_at_1000"), retrieval_configs(2, reranking=True)),
+        (spec("X-Clustering", "Clustering", "v_measure"), {"default": {"test": sets}}),
+        (
+            spec("X-Pairs", "PairClassification", "max_ap"),
+            {"default": {"test": [{**pair, "labels": i % 2} for i, pair in enumerate(pairs)]}},
+        ),
+        (
+            spec("X-Classification", "Classification", "accuracy"),
+            {"default": {"train": labelled_rows(60, 4), "test": labelled_rows(15, 5)}},
+        ),
+        (spec("X-STS", "STS", "cosine_pearson"), {"default": {"test": sts_rows(8)}}),
+        (spec("X-Summaries", "Summarization", "cosine_spearman"), {"default": {"test": summaries}}),
+    ]
+    for task, configs in packs:
+        write_pack(data_dir / task["name"], configs, task)
+    return {task["name"]: task["main_score"] for task, _ in packs}
+
+
+class Stub:
+    """A model whose vectors say which process made them."""
+
+    dim = 2
+
+    def fit(self, instruction, examples):
+        return None
+
+    def encode(self, texts, instruction, examples, batch_size, side):
+        return np.array([[len(text), mteb_encoder.ranks()[0]] for text in texts], dtype=np.float32)
+
+
+def embed_in_a_process(rank: int, rendezvous: str, results: str) -> None:
+    """Embeds nine texts as one of two processes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    encoder = mteb_encoder.MTEBEncoder(Stub(), None, {"dtype": "fp32"}, lambda metadata, side: None)
+    np.save(f"{results}.{rank}.npy", encoder.embed(["a" * i for i in range(9)], None, None))
+    torch.distributed.destroy_process_group()

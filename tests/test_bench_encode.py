@@ -1,0 +1,91 @@
+"""benchmarks/bench_encode.py: it runs in a clone alone, at any decoder size, and redraws itself."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_encode", ROOT / "benchmarks" / "bench_encode.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(bench, saved_dir, tmp_path_factory):
+    """One tiny run: its folder and its results."""
+    folder = tmp_path_factory.mktemp("bench")
+    decoder = dict(
+        model_type="mistral", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    (folder / "decoder.json").write_text(
+        json.dumps({**decoder, "num_key_value_heads": 2, "max_position_embeddings": 512})
+    )
+    threads = torch.get_num_threads()
+    results = bench.main(
+        f"--model {saved_dir} --decoder_config {folder / 'decoder.json'} --tasks STS12 --texts 6 --long_texts 2 "
+        f"--corpus_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu --output {folder} --name tiny".split()
+    )
+    assert torch.get_num_threads() == threads
+    return folder, results
+
+
+class TestRun:
+    def test_last_line_is_the_results(self, bench, run, capsys):
+        folder, results = run
+        assert json.loads((folder / "tiny.json").read_text()) == results
+
+    def test_methods(self, run):
+        methods = run[1]["tasks"]["STS12"]["methods"]
+        assert list(methods) == [
+            "last-token",
+            "bidirectional mean",
+            "echo",
+            "bge-en-icl",
+            "causal2vec",
+            "causal2vec shared",
+            "causal2vec examples",
+            "causal2vec examples shared",
+        ]
+        tokens = {name: method["tokens_per_text"] for name, method in methods.items()}
+        assert tokens["causal2vec shared"] == tokens["causal2vec examples shared"] < tokens["last-token"]
+        assert tokens["last-token"] < tokens["echo"] and tokens["causal2vec"] < tokens["causal2vec examples"]
+        assert all(method["gflops_per_text"] > 0 and method["ms_per_text"] > 0 for method in methods.values())
+        assert methods["causal2vec shared"]["gflops_per_text"] < methods["causal2vec"]["gflops_per_text"]
+
+    def test_every_target_is_reported(self, run):
+        ratios = run[1]["ratios"]
+        assert len(ratios) == 4 + 1 + 1 + 2
+        for row in ratios:
+            assert row["met"] == (row["value"] >= row["target"] if row["at_least"] else row["value"] <= row["target"])
+
+    def test_files(self, run):
+        folder, _ = run
+        table = (folder / "tiny.md").read_text()
+        assert "| causal2vec examples shared |" in table and "one query" in table
+        for name in ("tiny-methods.png", "tiny-ratios.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_redraw(self, bench, run):
+        folder, results = run
+        table = (folder / "tiny.md").read_text()
+        (folder / "tiny.md").unlink()
+        (folder / "tiny-ratios.png").unlink()
+        assert bench.main(["--redraw", str(folder / "tiny.json")]) == results
+        assert (folder / "tiny.md").read_text() == table
+        assert (folder / "tiny-ratios.png").exists()
+
+
+def test_vectors_that_differ_stop_it(bench):
+    with pytest.raises(AssertionError, match="differ"):
+        bench.check_equal(torch.eye(3), torch.eye(3).flip(0), "float32")
+
+
+def test_a_missing_pack(bench, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data_dir"):
+        bench.read_texts(str(tmp_path), "STS12")

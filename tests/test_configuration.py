@@ -1,0 +1,304 @@
+"""Causal2VecConfig: what it holds, what it refuses and that it survives the way through JSON unchanged."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS, decoder_config, encoder_config
+
+from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
+
+
+LENGTHS = dict(max_seq_length=100, icl_max_seq_length=200, encoder_max_seq_length=38)
+
+
+def make_config(decoder="llama", encoder="bert", **kwargs) -> Causal2VecConfig:
+    values = dict(encoder_config=encoder_config(encoder, 200), decoder_config=decoder_config(decoder, 300), **LENGTHS)
+    return Causal2VecConfig(**{**values, **kwargs})
+
+
+def everything_set() -> Causal2VecConfig:
+    """No field at its default."""
+    return Causal2VecConfig(
+        encoder_config=encoder_config("bert", 200),
+        decoder_config=decoder_config("mistral", 300),
+        contextual_token_id=7,
+        prompt_head="[INST] ",
+        prompt_tail=" [/INST]\n\u2603 \U0001f40d",
+        text_prefix="query: ",
+        query_instruction='Find "it" \\ ü',
+        projector_hidden_size=48,
+        projector_hidden_act="gelu_new",
+        projector_bias=False,
+        **LENGTHS,
+    )
+
+
+def assert_same_types(left, right, path="config"):
+    assert type(left) is type(right), f"{path}: {left!r} is no {right!r}"
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same_types(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), path
+        for position, values in enumerate(zip(left, right)):
+            assert_same_types(*values, f"{path}[{position}]")
+    else:
+        assert left == right, path
+
+
+class TestFields:
+    def test_hidden_size_is_the_decoders(self):
+        config = make_config()
+        assert config.hidden_size == config.decoder_config.hidden_size == 32
+        assert config.encoder_config.hidden_size == 24
+        assert config.projector_hidden_size == 32
+
+    def test_defaults_describe_a_model(self):
+        config = Causal2VecConfig()
+        assert (config.encoder_config.model_type, config.decoder_config.model_type) == ("bert", "llama")
+        assert config.hidden_size == config.decoder_config.hidden_size
+
+    @pytest.mark.parametrize("family", DECODERS)
+    def test_any_decoder(self, family):
+        assert make_config(decoder=family).hidden_size == 32
+
+    @pytest.mark.parametrize("family", ENCODERS)
+    def test_any_encoder(self, family):
+        config = make_config(encoder=family)
+        assert config.encoder_config.model_type == family
+        assert config.get_text_config(encoder=True).hidden_size == 24
+
+    def test_get_text_config_is_the_decoders(self):
+        config = make_config()
+        assert config.get_text_config() is config.decoder_config
+        assert config.get_text_config(decoder=True) is config.decoder_config
+        assert config.get_text_config(encoder=True) is config.encoder_config
+
+    def test_templates_are_found_by_a_marker(self):
+        assert PROMPT_TEMPLATES["inst"] == ("[INST]", "[INST] ", " [/INST]")
+        assert PROMPT_TEMPLATES["chatml"] == ("<|im_start|>", "<|im_start|>user\n", "<|im_end|>")
+        assert PROMPT_TEMPLATES["none"] == ("", "", "")
+        for marker, prompt_head, _ in PROMPT_TEMPLATES.values():
+            assert marker in prompt_head
+
+    def test_the_longest_lengths_are_the_backbones(self):
+        config = make_config(max_seq_length=512, icl_max_seq_length=512, encoder_max_seq_length=40)
+        assert config.max_seq_length == config.decoder_config.max_position_embeddings
+
+    def test_the_shortest_lengths(self):
+        assert make_config(max_seq_length=3, icl_max_seq_length=3, encoder_max_seq_length=3).max_seq_length == 3
+
+
+class TestRoundTrip:
+    def test_json_is_exact(self):
+        config = everything_set()
+        for text in (config.to_json_string(), config.to_json_string(use_diff=False)):
+            again = Causal2VecConfig.from_dict(json.loads(text))
+            assert again.to_json_string() == config.to_json_string()
+            assert_same_types(again.to_dict(), config.to_dict())
+
+    def test_every_value_survives_a_folder(self, tmp_path):
+        config = everything_set()
+        config.save_pretrained(tmp_path / "a")
+        again = Causal2VecConfig.from_pretrained(tmp_path / "a")
+        again.save_pretrained(tmp_path / "b")
+        assert (tmp_path / "a/config.json").read_bytes() == (tmp_path / "b/config.json").read_bytes()
+        assert_same_types(again.to_dict(), config.to_dict())
+        defaults = Causal2VecConfig()
+        for name, value in json.loads((tmp_path / "a/config.json").read_text()).items():
+            if name in Causal2VecConfig.__annotations__:
+                assert type(getattr(again, name)) is type(getattr(config, name))
+                assert value != getattr(defaults, name), f"{name} is at its default and proves nothing"
+
+    def test_the_saved_file_is_plain_json(self, tmp_path):
+        everything_set().save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        assert saved["model_type"] == "causal2vec"
+        assert saved["contextual_token_id"] == 7 and type(saved["contextual_token_id"]) is int
+        assert saved["projector_bias"] is False
+        assert saved["query_instruction"] == 'Find "it" \\ ü'
+        assert saved["encoder_config"]["model_type"] == "bert"
+        assert saved["decoder_config"]["sliding_window"] == 8
+        assert saved["decoder_config"]["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
+
+    @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+    def test_every_backbone(self, family, tmp_path):
+        config = make_config(**({"decoder": family} if family in DECODERS else {"encoder": family}))
+        config.save_pretrained(tmp_path)
+        again = Causal2VecConfig.from_pretrained(tmp_path)
+        assert_same_types(again.to_dict(), config.to_dict())
+        assert type(again.encoder_config) is type(config.encoder_config)
+        assert type(again.decoder_config) is type(config.decoder_config)
+
+    def test_folders_of_one_machine_are_not_saved(self, tmp_path):
+        encoder, decoder = encoder_config("bert", 200), decoder_config("llama", 300)
+        encoder._name_or_path, decoder._name_or_path = str(tmp_path / "encoder"), "owner/decoder"
+        Causal2VecConfig(encoder_config=encoder, decoder_config=decoder, **LENGTHS).save_pretrained(tmp_path / "a")
+        Causal2VecConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+        for name in ("a", "b"):
+            saved = (tmp_path / name / "config.json").read_text()
+            assert str(tmp_path) not in saved
+            assert json.loads(saved)["decoder_config"]["_name_or_path"] == "owner/decoder"
+
+    def test_dtype(self, tmp_path):
+        make_config(dtype=torch.bfloat16).save_pretrained(tmp_path)
+        assert Causal2VecConfig.from_pretrained(tmp_path).dtype is torch.bfloat16
+
+    def test_a_deep_copy_is_equal_and_apart(self):
+        config = everything_set()
+        again = copy.deepcopy(config)
+        assert again.to_dict() == config.to_dict()
+        again.decoder_config.hidden_act = "relu"
+        assert config.decoder_config.hidden_act == "silu"
+
+
+WRONG_TYPES = [
+    ("contextual_token_id", True),
+    ("contextual_token_id", "3"),
+    ("contextual_token_id", 1.0),
+    ("contextual_token_id", None),
+    ("hidden_size", True),
+    ("hidden_size", "32"),
+    ("hidden_size", 32.0),
+    ("prompt_head", None),
+    ("prompt_head", b"head"),
+    ("prompt_tail", 3),
+    ("text_prefix", ["query: "]),
+    ("query_instruction", 4),
+    ("max_seq_length", True),
+    ("max_seq_length", 5.0),
+    ("max_seq_length", None),
+    ("icl_max_seq_length", "100"),
+    ("encoder_max_seq_length", False),
+    ("projector_hidden_size", True),
+    ("projector_hidden_size", 8.0),
+    ("projector_hidden_act", 3),
+    ("projector_hidden_act", None),
+    ("projector_bias", 1),
+    ("projector_bias", "yes"),
+    ("encoder_config", "bert"),
+    ("encoder_config", 5),
+    ("decoder_config", ["llama"]),
+]
+
+# field, value, what the message must hold besides the field's name: what came, and what would work
+IMPOSSIBLE_VALUES = [
+    ("hidden_size", 33, ["33", "32"]),
+    ("hidden_size", 0, ["32"]),
+    ("contextual_token_id", -1, ["-1", "0 to 299"]),
+    ("contextual_token_id", 300, ["300", "0 to 299", "resize_token_embeddings"]),
+    ("max_seq_length", 0, ["at least 3", "got 0"]),
+    ("max_seq_length", -1, ["at least 3", "-1"]),
+    ("max_seq_length", 2, ["at least 3", "got 2"]),
+    ("max_seq_length", 513, ["at most 512", "llama", "513"]),
+    ("icl_max_seq_length", 0, ["at least 3"]),
+    ("icl_max_seq_length", 513, ["at most 512", "llama", "513"]),
+    ("encoder_max_seq_length", 0, ["at least 3"]),
+    ("encoder_max_seq_length", -5, ["at least 3"]),
+    ("encoder_max_seq_length", 41, ["at most 40", "bert", "41"]),
+    ("projector_hidden_size", 0, ["at least 1"]),
+    ("projector_hidden_size", -8, ["at least 1"]),
+    ("projector_hidden_act", "gelo", ["gelo", "'gelu'"]),
+    ("encoder_config", {}, ["model_type"]),
+    ("encoder_config", {"hidden_size": 24}, ["model_type", "hidden_size"]),
+    ("decoder_config", {"hidden_size": 24}, ["model_type", "hidden_size"]),
+    ("encoder_config", {"model_type": "nope"}, ["nope", "bert"]),
+    ("decoder_config", {"model_type": "nope"}, ["nope", "llama"]),
+    ("decoder_config", {"model_type": None}, ["None", "llama"]),
+    ("decoder_config", {"model_type": "causal2vec"}, ["causal2vec", "llama"]),
+    ("decoder_config", {"model_type": "t5"}, ["t5", "encoder-decoder"]),
+    ("encoder_config", {"model_type": "bart"}, ["bart", "encoder-decoder"]),
+    ("decoder_config", {"model_type": "llama", "vocab_size": 0}, ["`vocab_size`", "positive integer", "0"]),
+    ("encoder_config", {"model_type": "bert", "hidden_size": -4}, ["`hidden_size`", "positive integer", "-4"]),
+]
+
+
+class TestRefusedValues:
+    @pytest.mark.parametrize("name, value", WRONG_TYPES, ids=lambda value: repr(value))
+    def test_wrong_types(self, name, value):
+        with pytest.raises(TypeError) as error:
+            make_config(**{name: value})
+        assert f"`{name}`" in str(error.value)
+        assert type(value).__name__ in str(error.value)
+
+    @pytest.mark.parametrize("name, value, parts", IMPOSSIBLE_VALUES, ids=lambda value: repr(value)[:40])
+    def test_impossible_values(self, name, value, parts):
+        with pytest.raises(ValueError) as error:
+            make_config(**{name: value})
+        for part in (f"`{name}`", *parts):
+            assert part in str(error.value)
+
+    def test_a_wrong_value_in_a_file_is_refused_too(self, tmp_path):
+        config = make_config()
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        for name, value, error in (
+            ("contextual_token_id", 300, ValueError),
+            ("contextual_token_id", "3", TypeError),
+            ("hidden_size", 33, ValueError),
+            ("projector_bias", 1, TypeError),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps({**saved, name: value}))
+            with pytest.raises(error, match=name):
+                Causal2VecConfig.from_pretrained(tmp_path)
+
+    def test_attention_may_not_come_through_the_back_door(self, tmp_path):
+        config = make_config()
+        with pytest.raises(ValueError, match="_attn_implementation_internal.*attn_implementation="):
+            make_config(_attn_implementation_internal="someone/kernel")
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**saved, "_attn_implementation_internal": "someone/kernel"}))
+        with pytest.raises(ValueError, match="_attn_implementation_internal"):
+            Causal2VecConfig.from_pretrained(tmp_path)
+        for part in ("encoder_config", "decoder_config"):
+            nested = {**saved, part: {**saved[part], "_attn_implementation_internal": "someone/kernel"}}
+            (tmp_path / "config.json").write_text(json.dumps(nested))
+            with pytest.raises(ValueError, match=f"_attn_implementation_internal.*{part}"):
+                Causal2VecConfig.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("name", ["text_prefx", "pooling", "max_length"])
+    def test_a_field_that_does_not_exist(self, name):
+        with pytest.raises(ValueError, match=f"has no .*{name}.*its fields are .*text_prefix"):
+            make_config(**{name: "query: "})
+
+
+class TestInputsAreNotMutated:
+    def test_sub_configurations(self):
+        encoder, decoder = encoder_config("bert", 200), decoder_config("llama", 300)
+        encoder._attn_implementation, decoder._attn_implementation = "eager", "sdpa"
+        encoder.dtype = torch.bfloat16
+        before = copy.deepcopy((encoder.__dict__, decoder.__dict__))
+        config = Causal2VecConfig(encoder_config=encoder, decoder_config=decoder, **LENGTHS)
+        config.decoder_config.hidden_act = "relu"
+        assert (encoder.__dict__, decoder.__dict__) == before
+
+    @pytest.mark.parametrize("as_file", [False, True])
+    def test_dicts(self, as_file):
+        values = dict(
+            encoder_config={"model_type": "bert", "max_position_embeddings": 512},
+            decoder_config={
+                "model_type": "llama",
+                "vocab_size": 100,
+                "rope_parameters": {"rope_theta": 5.0},  # a nested dict that Llama's configuration completes
+            },
+        )
+        before = copy.deepcopy(values)
+        config = Causal2VecConfig.from_dict(values) if as_file else Causal2VecConfig(**values)
+        assert config.decoder_config.rope_parameters["rope_type"] == "default"
+        assert values == before
+
+    def test_from_dict(self):
+        values = everything_set().to_dict()
+        before = copy.deepcopy(values)
+        Causal2VecConfig.from_dict(values)
+        assert values == before
+
+    def test_two_configurations_share_nothing(self):
+        encoder, decoder = encoder_config("bert", 200), decoder_config("llama", 300)
+        one, two = (Causal2VecConfig(encoder_config=encoder, decoder_config=decoder, **LENGTHS) for _ in range(2))
+        one._attn_implementation = "eager"
+        assert two.decoder_config._attn_implementation is None

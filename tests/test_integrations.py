@@ -1,0 +1,138 @@
+"""The libraries that people search with, the real packages: each gives the vectors of `encode`, on texts and queries.
+
+Skipped only where a package is not installed: pip install -e ".[integrations]".
+"""
+
+import numpy as np
+import pytest
+from conftest import TEXTS
+
+
+pytest.importorskip("sentence_transformers")
+
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+QUESTION = "How much protein should a female eat?"
+
+
+@pytest.fixture(scope="module")
+def documents(tiny_model) -> np.ndarray:
+    return tiny_model.encode_document(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def query(tiny_model) -> np.ndarray:
+    """One vector, with the stored instruction; not what the bare text would give."""
+    vector = tiny_model.encode_query(QUESTION)
+    assert np.abs(vector - tiny_model.encode(QUESTION)).max() > 1e-3
+    return vector
+
+
+@pytest.fixture(scope="module")
+def best(documents, query) -> list[int]:
+    return np.argsort(-(documents @ query), kind="stable").tolist()
+
+
+def close(first, second) -> bool:
+    return np.abs(np.asarray(first) - second).max() < 1e-6
+
+
+def test_langchain(saved_dir, documents, query):
+    HuggingFaceEmbeddings = pytest.importorskip("langchain_huggingface").HuggingFaceEmbeddings
+    embeddings = HuggingFaceEmbeddings(
+        model_name=str(saved_dir),
+        model_kwargs={"trust_remote_code": True, "device": "cpu"},
+        query_encode_kwargs={"prompt_name": "query"},
+    )
+    assert close(embeddings.embed_documents(TEXTS), documents)
+    assert close(embeddings.embed_query(QUESTION), query)
+
+
+def test_langchain_vector_store(saved_dir, best):
+    HuggingFaceEmbeddings = pytest.importorskip("langchain_huggingface").HuggingFaceEmbeddings
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    embeddings = HuggingFaceEmbeddings(
+        model_name=str(saved_dir),
+        model_kwargs={"trust_remote_code": True, "device": "cpu"},
+        query_encode_kwargs={"prompt_name": "query"},
+    )
+    store = InMemoryVectorStore(embeddings)
+    store.add_texts(TEXTS)
+    found = store.similarity_search(QUESTION, k=3)
+    assert [document.page_content for document in found] == [TEXTS[i] for i in best[:3]]
+
+
+def test_llama_index(saved_dir, documents, query, tmp_path):
+    """It replaces the stored prompts by its own arguments, so the instruction is passed."""
+    module = pytest.importorskip("llama_index.embeddings.huggingface")
+    embedding = module.HuggingFaceEmbedding(
+        model_name=str(saved_dir),
+        trust_remote_code=True,
+        query_instruction=INSTRUCTION,
+        device="cpu",
+        cache_folder=str(tmp_path),
+    )
+    assert close(embedding.get_text_embedding_batch(TEXTS), documents)
+    assert close(embedding.get_query_embedding(QUESTION), query)
+
+
+def test_haystack(saved_dir, documents, query, best, monkeypatch):
+    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    embedders = pytest.importorskip("haystack_integrations.components.embedders.sentence_transformers")
+    from haystack import Document
+    from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
+    from haystack.document_stores.in_memory import InMemoryDocumentStore
+    from haystack.utils import ComponentDevice
+
+    common = {
+        "model": str(saved_dir),
+        "trust_remote_code": True,
+        "device": ComponentDevice.from_str("cpu"),
+        "progress_bar": False,
+    }
+    for_documents = embedders.SentenceTransformersDocumentEmbedder(**common)
+    for_queries = embedders.SentenceTransformersTextEmbedder(**common, encode_kwargs={"prompt_name": "query"})
+    for_documents.warm_up()
+    for_queries.warm_up()
+    embedded = for_documents.run([Document(id=str(i), content=text) for i, text in enumerate(TEXTS)])["documents"]
+    assert close([document.embedding for document in embedded], documents)
+    vector = for_queries.run(QUESTION)["embedding"]
+    assert close(vector, query)
+
+    store = InMemoryDocumentStore(embedding_similarity_function="cosine")
+    store.write_documents(embedded)
+    found = InMemoryEmbeddingRetriever(store, top_k=3).run(query_embedding=vector)["documents"]
+    assert [document.id for document in found] == [str(i) for i in best[:3]]
+
+
+def test_faiss(documents, query, best, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatIP(documents.shape[1])  # a dot product of unit vectors is the cosine
+    index.add(documents)
+    faiss.write_index(index, str(tmp_path / "index"))
+    scores, ids = faiss.read_index(str(tmp_path / "index")).search(query[None], 3)
+    assert ids[0].tolist() == best[:3]
+    assert close(scores[0], (documents @ query)[best[:3]])
+
+
+def test_lancedb(documents, query, best, tmp_path):
+    lancedb = pytest.importorskip("lancedb")
+    rows = [{"id": i, "text": text, "vector": vector} for i, (text, vector) in enumerate(zip(TEXTS, documents))]
+    lancedb.connect(tmp_path / "db").create_table("passages", rows)
+    table = lancedb.connect(tmp_path / "db").open_table("passages")  # from disk
+    found = table.search(query).distance_type("cosine").limit(3).to_list()
+    assert [row["id"] for row in found] == best[:3]
+    assert [row["text"] for row in found] == [TEXTS[i] for i in best[:3]]
+    assert np.abs(1 - np.array([row["_distance"] for row in found]) - (documents @ query)[best[:3]]).max() < 1e-5
+
+
+def test_mteb_loads_it_by_our_model_meta(saved_dir, tiny_model):
+    pytest.importorskip("mteb")
+    import mteb_encoder
+
+    location = mteb_encoder.locate(str(saved_dir), None)
+    meta = mteb_encoder.model_meta(location, mteb_encoder.load_backend(location, device="cpu"))
+    model = mteb_encoder.load_for_mteb(str(saved_dir), device="cpu")
+    assert model.mteb_model_meta.name == meta.name and meta.loader is mteb_encoder.load_for_mteb
+    assert meta.embed_dim == 2 * tiny_model.config.hidden_size
+    assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())

@@ -1,0 +1,209 @@
+"""packing.py: no batching and no packing changes a vector."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import packing
+from packing import Packing, cut, groups_of_like_length, packed_states, sorted_batches
+
+
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2"]  # Gemma 2 has no SDPA
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+def plain(model, texts, instruction=None) -> np.ndarray:
+    with torch.inference_mode():
+        rows = [model(**model.processor(text, instruction)).embeddings[0] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+class TestBatches:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 50), max_size=40),
+        batch_size=st.integers(1, 9),
+        max_tokens=st.none() | st.integers(1, 200),
+    )
+    def test_cut(self, lengths, batch_size, max_tokens):
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        batches = list(cut(order, lengths, batch_size, max_tokens))
+        assert [place for batch in batches for place in batch] == order
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            if max_tokens is not None and len(batch) > 1:
+                assert len(batch) * max(lengths[place] for place in batch) <= max_tokens
+
+    def test_a_lower_budget_makes_smaller_batches(self, model):
+        texts = TEXTS * 4
+
+        def sizes(max_tokens):
+            batches = sorted_batches(model.processor, texts, [None] * len(texts), batch_size=8, max_tokens=max_tokens)
+            return [(len(rows), batch["input_ids"].numel()) for rows, batch in batches]
+
+        assert [rows for rows, _ in sizes(None)] == [8, 8, 8]
+        budget = 100
+        assert all(tokens <= budget or rows == 1 for rows, tokens in sizes(budget))
+        assert len(sizes(budget)) > 3
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_heads_count_only_where_they_are_read(self, model, side):
+        model.processor.tokenizer.padding_side = side
+        instructions, budget = [INSTRUCTION] * len(TEXTS), 300
+
+        def sizes(**kwargs):
+            batches = sorted_batches(model.processor, TEXTS, instructions, max_tokens=budget, **kwargs)
+            return [len(rows) for rows, _ in batches]
+
+        assert len(sizes(count_heads=False)) < len(sizes(count_heads=True))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_longest_first_and_no_column_of_padding(self, model, side):
+        model.processor.tokenizer.padding_side = model.processor.encoder_tokenizer.padding_side = side
+        seen, lengths = [], []
+        for rows, batch in sorted_batches(model.processor, TEXTS, [INSTRUCTION] * len(TEXTS), batch_size=2):
+            seen += rows
+            lengths.append(batch["input_ids"].shape[1])
+            for mask in ("attention_mask", "encoder_attention_mask"):
+                assert batch[mask].any(0).all()
+            assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert sorted(seen) == list(range(len(TEXTS)))
+        assert lengths == sorted(lengths, reverse=True)
+
+    def test_rows_of_a_task_stay_together(self, model):
+        instructions = [("one", "two")[i % 2] for i in range(8)]
+        texts = (TEXTS * 2)[:8]
+        batches = sorted_batches(model.processor, texts, instructions, batch_size=4)
+        assert [{instructions[row] for row in rows} for rows, _ in batches] == [{"one"}, {"two"}]
+
+    def test_windows(self, model, monkeypatch):
+        monkeypatch.setattr(packing, "WINDOW", 1)  # two texts are tokenized at a time
+        assert np.abs(model.encode(TEXTS, batch_size=2) - plain(model, TEXTS)).max() <= 1e-5
+
+    @pytest.mark.parametrize("budget", [1, 60, None])
+    def test_a_budget_changes_no_vector(self, model, budget):
+        encoded = model.encode(TEXTS, instruction=INSTRUCTION, max_batch_tokens=budget)
+        assert np.abs(encoded - plain(model, TEXTS, INSTRUCTION)).max() <= 1e-5
+
+    @pytest.mark.parametrize("budget", [0, -1, 1.5, "many"])
+    def test_a_budget_that_cannot_be(self, model, budget):
+        with pytest.raises(ValueError, match="max_batch_tokens"):
+            model.encode(TEXTS, max_batch_tokens=budget)
+
+
+class TestNoMask:
+    @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+    def test_padding_on_the_right_needs_none(self, family, make_model):
+        model = make_model(family)
+        batch = model.processor(TEXTS, INSTRUCTION)
+        masks = []
+        model.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            masked = model(**batch).embeddings
+            unmasked = model(**batch, right_padded=True).embeddings
+        assert masks[0] is not None and masks[1] is None
+        torch.testing.assert_close(unmasked, masked, atol=1e-5, rtol=1e-5)
+
+    def test_a_decoder_that_looks_ahead_keeps_it(self, model):
+        model.decoder.config.is_causal = False
+        batch = model.processor(TEXTS, INSTRUCTION)
+        with torch.no_grad():
+            masked = model(**batch).embeddings
+            assert torch.equal(model(**batch, right_padded=True).embeddings, masked)
+        assert np.abs(model.encode(TEXTS) - plain(model, TEXTS)).max() <= 1e-5
+
+
+class TestGroups:
+    @settings(max_examples=60, deadline=None)
+    @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40))
+    def test_little_padding(self, lengths):
+        groups = groups_of_like_length(lengths, waste=0.15, min_tokens=128)
+        assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+        for group in groups:
+            longest = max(lengths[row] for row in group)
+            padded = [i for i, row in enumerate(group) if lengths[row] < 0.85 * longest]
+            assert all(i * longest < 128 for i in padded)
+
+    def test_the_encoder_reads_rows_of_like_length_together(self, model):
+        seen = []
+        model.encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        texts = ["hi"] * 40 + TEXTS[:2] * 10
+        encoded = model.encode(texts, batch_size=60, packed=True)
+        assert len(seen) > 1 and sum(rows for rows, _ in seen) == 60
+        assert sum(rows * length for rows, length in seen) < 60 * max(length for _, length in seen)
+        assert np.abs(encoded - plain(model, texts)).max() <= 1e-5
+
+
+class TestPacked:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_any_lengths_with_and_without_head(self, family, make_model, monkeypatch):
+        model = make_model(family)
+        results = []
+        monkeypatch.setattr(
+            "modeling_causal2vec.packed_states", lambda *args: results.append(packed_states(*args)) or results[-1]
+        )
+        text = st.text(alphabet="abc dé.", max_size=60) | st.sampled_from(TEXTS)
+
+        @settings(max_examples=6, deadline=None, derandomize=True)
+        @given(texts=st.lists(text, min_size=2, max_size=7), instruction=st.sampled_from([None, INSTRUCTION]))
+        def check(texts, instruction):
+            encoded = model.encode(texts, instruction=instruction, packed=True)
+            assert np.abs(encoded - plain(model, texts, instruction)).max() <= 1e-5
+
+        check()
+        assert results and all(states is not None for states in results)
+        assert model.prefix_cache.hits > 0
+        assert model.decoder.config._attn_implementation == "sdpa"
+
+    def test_the_decoder_reads_no_padding(self, model):
+        seen = []
+        model.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+        )
+        model.encode(TEXTS, packed=True)
+        assert seen == [(1, int(model.processor(TEXTS)["attention_mask"].sum()))]
+
+    def test_gradients(self, model):
+        batch = model.processor(TEXTS, INSTRUCTION)
+        gradients = []
+        for packed in (False, True):
+            model.zero_grad()
+            embeddings = model.embed(**batch, packed=packed)
+            weights = torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)
+            (embeddings * weights).sum().backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        for name, gradient in gradients[0].items():
+            assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max()), name
+
+    def test_other_attention_reads_padded_rows(self, make_model, caplog):
+        model = make_model(decoder_kwargs={"attn_implementation": "eager"})
+        with caplog.at_level(logging.DEBUG, logger="packing"):
+            encoded = model.encode(TEXTS, instruction=INSTRUCTION, packed=True)
+        assert np.abs(encoded - plain(model, TEXTS, INSTRUCTION)).max() <= 1e-5
+        assert "its attention cannot be replaced" in caplog.text
+
+    def test_a_layer_that_was_not_asked(self, model, caplog, monkeypatch):
+        monkeypatch.setattr(model.decoder.config, "num_hidden_layers", 3)  # one more than there are
+        with caplog.at_level(logging.DEBUG, logger="packing"):
+            assert packed_states(model.decoder, torch.zeros(2, 4, 32), Packing([4, 2])) is None
+        assert "not all of its layers" in caplog.text
+
+    def test_the_name_works_as_an_attention_of_its_own(self, model):
+        before = model.encode(TEXTS, instruction=INSTRUCTION)
+        model.set_attn_implementation({"decoder_config": packing.PACKED_ATTENTION})
+        assert np.abs(model.encode(TEXTS, instruction=INSTRUCTION) - before).max() <= 1e-5
+        assert np.abs(model.encode(TEXTS, instruction=INSTRUCTION, packed=True) - before).max() <= 1e-5
