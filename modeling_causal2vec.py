@@ -377,6 +377,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
         dim = 2 * self.config.hidden_size if truncate_dim is None else truncate_dim
         self._check_truncate_dim(dim)
+        limit = position_limit(self.decoder)
+        if isinstance(max_length, int) and limit is not None and max_length > limit:
+            raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
         format_examples(examples, None)  # refuses what is no list of examples for all texts
         processor, device = self.processor, self.get_input_embeddings().weight.device
 
@@ -444,6 +447,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             ValueError: the weights lack tensors of this model, hold others or are damaged, or the folder is not one of
                 Causal2Vec's.
         """
+        attention = kwargs.get("attn_implementation")
+        if isinstance(attention, dict) and not set(attention) <= {"", *cls.config_class.sub_configs}:
+            raise ValueError(
+                f"`attn_implementation` per tower has the keys {sorted(cls.config_class.sub_configs)}, got "
+                f"{sorted(attention)}."
+            )
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
             cls._check_model_type(pretrained_model_name_or_path, hub_kwargs)

@@ -1153,3 +1153,13 @@ class TestProcesses:
             process.join()
         assert process.exitcode == 0
         assert difference(vectors, tiny_model.encode(TEXTS)) <= FP32_BOUND
+
+
+def test_attention_for_an_unknown_tower_is_refused(saved_dir):
+    with pytest.raises(ValueError, match=r"keys \['decoder_config', 'encoder_config'\], got \['encoder'\]"):
+        Causal2VecModel.from_pretrained(saved_dir, attn_implementation={"encoder": "eager"})
+
+
+def test_a_length_beyond_the_decoders_positions_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="`max_length` must be at most 512"):
+        tiny_model.encode("text", max_length=513)
