@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import DECODERS, ENCODERS, TEXTS, decoder_config, decoder_tokenizer, encoder_config
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, linear, normalize
@@ -1096,6 +1097,7 @@ class TestEncode:
             tiny_model.encode(TEXTS, "Find it")
 
     def test_progress_bar(self, tiny_model, monkeypatch):
+        transformers.utils.logging.enable_progress_bar()  # another test may have switched transformers' bars off
         for show, expected in ((True, True), (False, False), (None, False)):  # None: short work, no terminal
             stream = io.StringIO()
             monkeypatch.setattr("sys.stderr", stream)
