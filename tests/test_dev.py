@@ -1,0 +1,87 @@
+"""Development scores: packs from folders, rows held out, nDCG by hand."""
+
+import json
+import math
+
+import pytest
+
+from data import DatasetSpec
+from dev import RetrievalDev, STSDev, held_out, load_pack, ndcg_at_10
+
+
+def write_pack(folder, configs):
+    """A folder in mteb's layout: {config: rows}, one jsonl per config and the front matter that lists them."""
+    folder.mkdir()
+    lines = ["---", "configs:"]
+    for name, rows in configs.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return str(folder)
+
+
+class Letters:
+    """Embeds a text as the counts of its letters."""
+
+    def encode(self, texts, instruction=None, **kwargs):
+        import torch
+
+        counts = torch.tensor([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts]).float()
+        return torch.nn.functional.normalize(counts, dim=-1)
+
+
+def test_an_sts_pack(tmp_path):
+    pairs = [("abc", "abc", 5.0), ("abc", "abd", 3.0), ("abc", "xyz", 0.0)]
+    rows = [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs]
+    dev = load_pack(write_pack(tmp_path / "STS", {"default": rows}), "find")
+    assert isinstance(dev, STSDev) and dev.name == "STS"
+    assert dev.score(Letters()) == pytest.approx(1.0)
+    dev.gold.reverse()
+    assert dev.score(Letters()) == pytest.approx(-1.0)
+    assert len(load_pack(str(tmp_path / "STS"), "find", limit=2).first) == 2
+
+
+def test_a_retrieval_pack(tmp_path):
+    configs = {
+        "corpus": [{"_id": "d1", "title": "", "text": "abc"}, {"_id": "d2", "title": "x", "text": "yz"}],
+        "queries": [{"_id": "q1", "text": "cab"}, {"_id": "q2", "text": "aabbcc"}, {"_id": "q3", "text": "no answer"}],
+        "default": [
+            {"query-id": "q1", "corpus-id": "d1", "score": 1},
+            {"query-id": "q2", "corpus-id": "d2", "score": 1},
+            {"query-id": "q3", "corpus-id": "d1", "score": 0},
+        ],
+    }
+    dev = load_pack(write_pack(tmp_path / "Retrieval", configs), "find")
+    assert isinstance(dev, RetrievalDev)
+    assert dev.queries == ["cab", "aabbcc"] and dev.corpus == ["abc", "x yz"]
+    assert dev.score(Letters()) == pytest.approx((1 + 1 / math.log2(3)) / 2)
+
+
+def test_another_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither an STS pack"):
+        load_pack(write_pack(tmp_path / "Other", {"default": [{"text": "a", "label": 1}]}), "find")
+
+
+def test_ndcg():
+    assert ndcg_at_10([[3, 1, 2]], [{3}]) == 1
+    assert ndcg_at_10([[1, 2, 3]], [{3}]) == pytest.approx(1 / math.log2(4))
+    assert ndcg_at_10([[1, 2, 3]], [{2, 3}]) == pytest.approx(
+        (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
+    )
+    assert ndcg_at_10([list(range(20))], [{15}]) == 0
+
+
+def test_held_out_rows_are_not_trained_on():
+    import datasets
+
+    rows = [{"query": f"q{i // 2}", "positive": f"p{i}", "negatives": [f"n{i}"]} for i in range(40)]
+    spec = DatasetSpec("a", "a.jsonl", ["find"])
+    rest, dev = held_out(datasets.Dataset.from_list(rows), spec, 10, seed=1)
+    assert 0 < len(rest) <= 30 and dev.instruction == "find"
+    assert not set(rest["query"]) & set(dev.queries)
+    assert not set(rest["positive"]) & set(dev.corpus)
+    for query, places in zip(dev.queries, dev.relevant):
+        for place in places:
+            assert {"query": query, "positive": dev.corpus[place]} in [
+                {"query": row["query"], "positive": row["positive"]} for row in rows
+            ]
