@@ -445,11 +445,11 @@ def plot(log: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [("loss", "training loss"), ("learning_rate", "learning rate"), ("eval_score", "dev score")]
-    panels = [(key, label) for key, label in panels if any(key in entry for entry in log)]
+    panels = [(key, label) for key, label in panels if any(key in entry for entry in log)] or panels[:1]
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), sharex=True, squeeze=False)
     for axis, (key, label) in zip(axes[:, 0], panels):
         points = [(entry["step"], float(entry[key])) for entry in log if key in entry]
-        axis.plot(*zip(*points), marker="." if key == "eval_score" else None, linewidth=1.2)
+        axis.plot(*zip(*points or [(0, math.nan)]), marker="." if key == "eval_score" else None, linewidth=1.2)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")

@@ -68,6 +68,7 @@ def run_ours(args, folder: str) -> list[float]:
         "gradient_accumulation_steps": args.batch_size // args.mini_batch_size,
         "max_steps": args.steps + 1,
         "save_strategy": "no",
+        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": "true",
     }

@@ -9,6 +9,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+from eval_report import compare, comparison_markdown, read_run, replace_table
 from saving_utils import code_hashes
 
 
@@ -90,3 +91,11 @@ def test_hashes_of_the_shipped_code():
     """`python card.py . --hashes` brings them up to date."""
     told = dict(re.findall(r"\| `([\w.]+\.py)` \| `([0-9a-f]{64})` \|", TEXT))
     assert told == code_hashes(ROOT)
+
+
+def test_results_table_is_what_the_results_say():
+    """`python eval_mteb.py --compare results/causal2vec-tiny results/all-MiniLM-L6-v2 ... --readme README.md` writes it."""
+    runs = [read_run(str(ROOT / "results" / name)) for name in ("causal2vec-tiny", "all-MiniLM-L6-v2")]
+    table = comparison_markdown(runs, compare(runs))
+    assert "STSBenchmark" in table
+    assert replace_table(TEXT, table) == TEXT

@@ -269,6 +269,11 @@ def test_dev_scores_choose_the_step(run):
     assert (folder.parent / "training.png").stat().st_size > 1000
 
 
+def test_a_run_too_short_for_a_log_entry_is_saved_all_the_same(run):
+    folder = run("--max_steps", 1, "--logging_steps", 10)
+    assert (folder / "model.safetensors").exists() and (folder / "training.png").exists()
+
+
 def test_arguments_that_cannot_work(run, tmp_path):
     with pytest.raises(ValueError, match="Give either --model"):
         run("--model", "x")
