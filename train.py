@@ -525,7 +525,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
-        save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_sanitized_dict()})
+        save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_dict()})
     return output / "model"
 
 

@@ -1,6 +1,7 @@
 """Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
 
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -186,3 +187,17 @@ def bundled_model(bundled_dir):
     from modeling_causal2vec import Causal2VecModel
 
     return Causal2VecModel.from_pretrained(bundled_dir)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """No connection leaves this process, and datasets are not cached in the home folder."""
+    import datasets
+
+    def refuse(self, address):
+        raise AssertionError(f"tried to connect to {address}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield

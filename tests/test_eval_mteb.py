@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import shutil
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,18 +34,7 @@ mteb = pytest.importorskip("mteb")
 SHARED = ROOT.parent / "shared" / "data" / "eval"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """No connection leaves this process, and datasets are not cached in the home folder."""
-    import datasets
-
-    def refuse(self, address):
-        raise AssertionError(f"tried to connect to {address}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Choosing tasks, local folders, tasks of one's own, prefetching."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,7 @@ from mteb_tasks import BENCHMARK, folder_revision, prefetch, select_tasks  # noq
 PARTS = [part.metadata.name for part in mteb.get_task("CQADupstackRetrieval").metadata.tasks]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    import datasets
-
-    def refuse(self, address):
-        raise AssertionError(f"tried to connect to {address}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def names(tasks) -> list[str]:

@@ -269,6 +269,15 @@ def test_dev_scores_choose_the_step(run):
     assert (folder.parent / "training.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "flags, told", [((), "shorter vectors were not trained for"), ((32,), "trained for 32 numbers")]
+)
+def test_the_card_says_which_sizes_were_trained(run, flags, told):
+    folder = run("--max_steps", 1, *(("--matryoshka_dims", *flags) if flags else ()))
+    assert json.loads((folder / "training.json").read_text())["arguments"]["matryoshka_dims"] == (list(flags) or None)
+    assert told in (folder / "README.md").read_text()
+
+
 def test_a_run_too_short_for_a_log_entry_is_saved_all_the_same(run):
     folder = run("--max_steps", 1, "--logging_steps", 10)
     assert (folder / "model.safetensors").exists() and (folder / "training.png").exists()
