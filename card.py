@@ -107,10 +107,7 @@ def write_card(
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
         final_loss=facts["final_loss"],
-        datasets="\n".join(
-            f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {'; '.join(d['instructions'])} |"
-            for d in plan["datasets"]
-        ),
+        datasets="\n".join(map(dataset_row, plan["datasets"])),
         results=results_table(scores),
         truncation=truncation(arguments.get("matryoshka_dims")),
         licence="The weights carry the licences of their base models and of the training data; see there before use.",
@@ -148,6 +145,11 @@ def results_table(scores: list) -> str:
         return ""
     rows = [f"| {r.dataset_name} | {r.task_type} | {r.metric_type} | {r.metric_value:.2f} |" for r in scores]
     return "\n".join(["## Results", "", "| dataset | task | metric | score |", "|---|---|---|---|", *rows, "", ""])
+
+
+def dataset_row(dataset: dict) -> str:
+    counts = [f"{dataset[key]:,}" if key in dataset else "streamed" for key in ("rows", "rows_per_epoch")]
+    return f"| {' | '.join([dataset['name'], *counts, '; '.join(dataset['instructions'])])} |"
 
 
 def truncation(dims: list[int] | None) -> str:

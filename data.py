@@ -8,11 +8,12 @@ epoch and the row alone, so that a resumed run sees what it would have seen.
 
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,8 @@ class DatasetSpec:
         path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory, or a Hub dataset id.
         instructions (list of `str`): For its queries; several alternate from batch to batch.
         symmetric (list of `str`): Those of them under which documents carry the instruction too.
-        sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch.
+        sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch. In streaming, where the number
+            of rows is not known, how often it is its turn, relative to the others.
     """
 
     name: str
@@ -121,8 +123,12 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
     Raises:
         BadRow: at the first row that cannot be used, unless `skip_bad_rows`; they are then counted and logged.
     """
+    return _checked(_raw_rows(path), path, skip_bad_rows)
+
+
+def _checked(rows: Iterable[tuple[str, bytes | dict]], name: str, skip_bad_rows: bool) -> Iterator[dict]:
     skipped = 0
-    for where, row in _raw_rows(path):
+    for where, row in rows:
         try:
             yield normalise_row(_parse(row, where), where)
         except BadRow as error:
@@ -132,7 +138,7 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
             if skipped <= 5:
                 logger.warning("skipped: %s", error)
     if skipped:
-        logger.warning("%s: skipped %d bad rows", path, skipped)
+        logger.warning("%s: skipped %d bad rows", name, skipped)
 
 
 def _raw_rows(path: str) -> Iterator[tuple[str, bytes | dict]]:
@@ -182,43 +188,63 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
             "negatives": datasets.List(datasets.Value("string")),
         }
     )
+    path = find_file(spec, data_dir)
+    if path is not None:
+        if next(read_rows(path, skip_bad_rows), None) is None:
+            raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
+        stat = os.stat(path)
+        version = f"{stat.st_size}-{stat.st_mtime_ns}"
+        source = {"path": path, "skip_bad_rows": skip_bad_rows, "version": version}
+    else:
+        rows = datasets.load_dataset(spec.path, split="train", cache_dir=cache_dir)
+        source = {"rows": rows, "name": spec.path, "skip_bad_rows": skip_bad_rows}
+    generator = _file_rows if path is not None else _hub_rows
+    return datasets.Dataset.from_generator(generator, features=features, cache_dir=cache_dir, gen_kwargs=source)
+
+
+def stream_rows(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool = False):
+    """
+    The rows of one dataset as a `datasets.IterableDataset`, read from the file or the Hub as they are needed. Nothing is
+    kept on disk, and a row that cannot be used stops the run, or is skipped, when its turn comes.
+
+    Raises:
+        BadRow, FileNotFoundError: see `load_rows`.
+    """
+    import datasets
+
+    path = find_file(spec, data_dir)
+    if path is not None:
+        source = {"path": path, "skip_bad_rows": skip_bad_rows}
+        return datasets.IterableDataset.from_generator(_file_rows, gen_kwargs=source)
+    rows = datasets.load_dataset(spec.path, split="train", streaming=True)
+    source = {"rows": rows, "name": spec.path, "skip_bad_rows": skip_bad_rows}
+    return datasets.IterableDataset.from_generator(_hub_rows, gen_kwargs=source)
+
+
+def find_file(spec: DatasetSpec, data_dir: str) -> str | None:
+    """
+    The file of a dataset, or `None` when its path is a Hub id.
+
+    Raises:
+        FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
+        ValueError: a file of another kind.
+    """
     path = os.path.join(data_dir, spec.path)
     if os.path.isfile(path):
         if not path.endswith(SUFFIXES):
             raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
-        if next(read_rows(path, skip_bad_rows), None) is None:
-            raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
-        stat = os.stat(path)
-        rows = datasets.Dataset.from_generator(
-            _checked_rows,
-            features=features,
-            cache_dir=cache_dir,
-            gen_kwargs={"path": path, "skip": skip_bad_rows, "version": f"{stat.st_size}-{stat.st_mtime_ns}"},
-        )
-    elif spec.path.endswith(SUFFIXES) or spec.path.count("/") > 1:
+        return path
+    if spec.path.endswith(SUFFIXES) or spec.path.count("/") > 1:
         raise FileNotFoundError(f"Dataset {spec.name!r}: no file {path}.")
-    else:
-        source = datasets.load_dataset(spec.path, split="train", cache_dir=cache_dir)
-        rows = datasets.Dataset.from_generator(
-            _checked_hub_rows,
-            features=features,
-            cache_dir=cache_dir,
-            gen_kwargs={"source": source, "name": spec.path, "skip": skip_bad_rows},
-        )
-    return rows
+    return None
 
 
-def _checked_rows(path: str, skip: bool, version: str) -> Iterator[dict]:
-    yield from read_rows(path, skip)
+def _file_rows(path: str, skip_bad_rows: bool, version: str = "") -> Iterator[dict]:
+    yield from read_rows(path, skip_bad_rows)
 
 
-def _checked_hub_rows(source, name: str, skip: bool) -> Iterator[dict]:
-    for number, row in enumerate(source):
-        try:
-            yield normalise_row(row, f"{name}, row {number}")
-        except BadRow:
-            if not skip:
-                raise
+def _hub_rows(rows: Iterable[dict], name: str, skip_bad_rows: bool) -> Iterator[dict]:
+    yield from _checked(((f"{name}, row {number}", row) for number, row in enumerate(rows)), name, skip_bad_rows)
 
 
 class Key(NamedTuple):
@@ -249,7 +275,7 @@ class TrainingData(torch.utils.data.Dataset):
     All datasets of a run; `self[key]` gives an [`Example`].
 
     Args:
-        specs, rows: The datasets, in the same order.
+        specs, rows: The datasets, in the same order; `rows` may also be streams, see [`StreamedBatches`].
         num_negatives (`int`): Hard negatives per row, drawn from those it has.
         max_examples (`int`): In-context examples per query: 0 to this many, drawn at random.
         seed (`int`): Of all draws.
@@ -265,8 +291,11 @@ class TrainingData(torch.utils.data.Dataset):
         return sum(map(len, self.rows))
 
     def __getitem__(self, key: Key) -> Example:
-        spec, rows = self.specs[key.dataset], self.rows[key.dataset]
-        row = rows[key.row]
+        return self.dress(key, self.rows[key.dataset], key.row)
+
+    def dress(self, key: Key, rows: Sequence[dict], place: int) -> Example:
+        """The example that `rows[place]` becomes, its in-context examples drawn from `rows`."""
+        spec, row = self.specs[key.dataset], rows[place]
         rng = random.Random(f"{self.seed} {key.dataset} {key.row} {key.epoch}")
         instruction = spec.instructions[key.instruction]
         negatives = row["negatives"]
@@ -359,6 +388,74 @@ class SingleDatasetBatchSampler:
                     yield batch[start : start + self.batch_size]
                 done += 1
             epoch += 1
+
+
+class StreamedBatches(torch.utils.data.IterableDataset):
+    """
+    Yields this rank's micro-batches of [`Example`]s from streams, until `num_global_batches` global batches are complete.
+
+    Rows come through a shuffle buffer. A dataset's turn is drawn with a chance in proportion to its `sample_ratio`; where
+    its stream ends it starts over, less the rows that did not fill a global batch. In-context examples come from the same
+    global batch. Every rank reads all of the streams and keeps its part.
+
+    Raises:
+        ValueError: a dataset has fewer rows than a global batch; known when its stream ends.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        batch_size: int,
+        micro_batches: int = 1,
+        num_global_batches: int = 1,
+        shuffle_buffer: int = 10_000,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.data, self.batch_size, self.micro_batches = data, batch_size, micro_batches
+        self.global_batch_size = batch_size * micro_batches
+        self.num_global_batches, self.shuffle_buffer = num_global_batches, shuffle_buffer
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.num_global_batches * self.micro_batches // self.world_size
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        worker = torch.utils.data.get_worker_info()
+        turn, turns = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = itertools.islice(self._micro_batches(), self.rank, None, self.world_size)
+        for keys, rows, places in itertools.islice(mine, turn, None, turns):
+            yield [self.data.dress(key, rows, place) for key, place in zip(keys, places)]
+
+    def _micro_batches(self) -> Iterator[tuple[list[Key], list[dict], range]]:
+        rng = random.Random(self.data.seed)
+        ratios = [spec.sample_ratio for spec in self.data.specs]
+        streams = [self._global_batches(index) for index in range(len(ratios))]
+        for _ in range(self.num_global_batches):
+            keys, rows = next(rng.choices(streams, ratios)[0])
+            for start in range(0, self.global_batch_size, self.batch_size):
+                places = range(start, start + self.batch_size)
+                yield keys[start : places.stop], rows, places
+
+    def _global_batches(self, index: int) -> Iterator[tuple[list[Key], list[dict]]]:
+        """One dataset's global batches, pass after pass."""
+        spec = self.data.specs[index]
+        stream = self.data.rows[index].shuffle(seed=self.data.seed, buffer_size=self.shuffle_buffer)
+        for epoch in itertools.count():
+            stream.set_epoch(epoch)
+            rows = iter(stream)
+            for number in itertools.count():
+                batch = list(itertools.islice(rows, self.global_batch_size))
+                if len(batch) < self.global_batch_size:
+                    break
+                start, instruction = number * self.global_batch_size, (number + epoch) % len(spec.instructions)
+                yield [Key(index, start + i, epoch, instruction) for i in range(len(batch))], batch
+            if number == 0:
+                raise ValueError(
+                    f"Dataset {spec.name!r} has {len(batch)} rows, fewer than the {self.global_batch_size} of a global "
+                    "batch. Use smaller batches, or leave it out."
+                )
+            logger.info("%s: end of pass %d, %d rows dropped", spec.name, epoch + 1, len(batch))
 
 
 class Collator:

@@ -6,12 +6,12 @@ and revision; vectors and similarities are fp32 whatever the model's dtype.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ CODE = (
     "tokenization_utils.py",
 )
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-CHUNK = 4096  # texts whose vectors are cached in one file
+CHUNK = 4096  # texts between which progress is told and vectors are kept
 
 
 # ---------------------------------------------------------------------------------------------- what stands before a text
@@ -304,23 +304,22 @@ class MTEBEncoder:
     def _embed_chunk(self, texts: list[str], instruction: str | None, examples: list[dict] | None, side: str | None):
         import numpy as np
 
-        file = None
+        cache, known = None, {}
         if self.cache_dir is not None:
             settings = {key: value for key, value in self.settings.items() if key != "label"}
-            key = sha256(json.dumps([settings, instruction, examples, side, texts], sort_keys=True))
-            file = self.cache_dir / key[:2] / f"{key}.npy"
-            if file.exists():
-                return np.load(file)
-        vectors = self.backend.encode(texts, instruction, examples, self.batch_size, side)
-        vectors = np.asarray(vectors, dtype=np.float32)
-        if not np.isfinite(vectors).all():
-            raise ValueError(f"The model gave vectors that are not finite, in dtype {self.settings['dtype']}.")
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".incomplete", delete=False) as stream:
-                np.save(stream, vectors)
-            os.replace(stream.name, file)
-        return vectors
+            key = sha256(json.dumps([settings, instruction, examples, side], sort_keys=True))
+            cache = VectorCache(self.cache_dir / f"{key}.sqlite")
+            known = cache.read(texts)
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            vectors = self.backend.encode(missing, instruction, examples, self.batch_size, side)
+            vectors = np.asarray(vectors, dtype=np.float32)
+            if not np.isfinite(vectors).all():
+                raise ValueError(f"The model gave vectors that are not finite, in dtype {self.settings['dtype']}.")
+            known.update(zip(missing, vectors))
+            if cache is not None:
+                cache.write(missing, vectors)
+        return np.stack([known[text] for text in texts])
 
     def with_noise(self, noise: Noise) -> "MTEBEncoder":
         """The same model with noise in its inputs; its results are kept apart."""
@@ -335,6 +334,47 @@ class MTEBEncoder:
     def similarity_pairwise(self, embeddings1, embeddings2):
         """Cosines of corresponding rows, in fp32: twice `(n, dim)` -> `(n,)`."""
         return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
+
+
+class VectorCache:
+    """
+    Vectors of texts on disk, in one SQLite file per model and head, so that a text of several tasks or of an interrupted
+    one is embedded once. Several processes may write; what is there was written whole.
+    """
+
+    def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = file
+        with self._open() as database:
+            database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+
+    @contextlib.contextmanager
+    def _open(self):
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.file, timeout=600)) as database, database:
+            yield database
+
+    def read(self, texts: list[str]) -> dict:
+        """Text -> fp32 `(dim,)`, of those that are there."""
+        import numpy as np
+
+        found = {}
+        with self._open() as database:
+            for text in dict.fromkeys(texts):
+                row = database.execute("SELECT vector FROM vectors WHERE text = ?", (_digest(text),)).fetchone()
+                if row is not None:
+                    found[text] = np.frombuffer(row[0], dtype=np.float32)
+        return found
+
+    def write(self, texts: list[str], vectors) -> None:
+        with self._open() as database:
+            rows = ((_digest(text), vector.tobytes()) for text, vector in zip(texts, vectors, strict=True))
+            database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _unit(embeddings):

@@ -31,7 +31,15 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from card import without_machine_paths, write_card
-from data import Collator, SingleDatasetBatchSampler, TrainingData, load_rows, read_data_file
+from data import (
+    Collator,
+    SingleDatasetBatchSampler,
+    StreamedBatches,
+    TrainingData,
+    load_rows,
+    read_data_file,
+    stream_rows,
+)
 from losses import InfoNCE, gradcache_backward, split_by_length
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE
@@ -97,6 +105,11 @@ class DataArguments:
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Count and leave out rows that cannot be used instead of stopping."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read rows as they are needed and keep no copy on disk; sample_ratio then weighs datasets."},
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows per dataset to draw from in streaming."})
     num_negatives: int = field(default=1, metadata={"help": "Hard negatives per row, as far as it has them."})
     max_examples: int = field(default=0, metadata={"help": "In-context examples per query: 0 to this many, at random."})
     train_max_length: int | None = field(
@@ -115,7 +128,9 @@ class Causal2VecTrainingArguments(TrainingArguments):
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(default=300, metadata={"help": "Steps to the peak."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; training stops here."})
+    max_steps: int = field(
+        default=1000, metadata={"help": "Optimizer steps; training stops here. -1: as --num_train_epochs says."}
+    )
     scheduler_steps: int | None = field(
         default=None,
         metadata={"help": "Step at which the linear decay reaches zero. Default: max_steps; the paper: twice that."},
@@ -158,11 +173,12 @@ class NonFiniteLoss(FloatingPointError):
 
 class Causal2VecTrainer(Trainer):
     """
-    Trainer whose batches come from [`SingleDatasetBatchSampler`] and whose loss is [`InfoNCE`].
+    Trainer whose batches come from [`SingleDatasetBatchSampler`] or [`StreamedBatches`] and whose loss is [`InfoNCE`].
 
     Args:
         loss ([`InfoNCE`]): The loss.
-        sampler ([`SingleDatasetBatchSampler`]): Makes all batches of the run, so that a run is one epoch to Trainer.
+        sampler ([`SingleDatasetBatchSampler`], *optional*): Makes all batches of the run, so that a run is one epoch to
+            Trainer. `None` when `train_dataset` is [`StreamedBatches`].
         dev_sets (list): Objects with a `name` and `score(model)`; see dev.py.
         mini_batch_size (`int`, *optional*): With GradCache, the rows embedded at a time.
     """
@@ -173,14 +189,17 @@ class Causal2VecTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
 
     def get_train_dataloader(self):
+        streamed = self.sampler is None
         loader = torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self.sampler,
+            **({"batch_size": None} if streamed else {}),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        # A stream already gives each rank its own batches.
+        return loader if streamed else self.accelerator.prepare(loader)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -361,16 +380,23 @@ def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tup
     The training data and the dev sets.
 
     Raises:
-        ValueError: see `read_data_file` and `load_rows`.
+        ValueError: see `read_data_file` and `load_rows`; or rows are to be held out of a stream.
     """
     from dev import held_out, load_pack
 
     if args.data_file is None:
         raise ValueError("--data_file is missing: a JSON list of datasets, such as recipes/data/tiny.json.")
+    if args.streaming and training.max_steps < 1:
+        raise ValueError("The length of a stream is not known: --streaming needs --max_steps.")
+    if args.streaming and args.dev_rows:
+        raise ValueError("--dev_rows cannot be held out of a stream. Use --dev_pack, or leave --streaming out.")
     specs = read_data_file(args.data_file, args.datasets)
     cache_dir = os.path.join(training.output_dir, "data")
     rows, dev_sets = [], []
     for spec in specs:
+        if args.streaming:
+            rows.append(stream_rows(spec, args.data_dir, args.skip_bad_rows))
+            continue
         all_rows = load_rows(spec, args.data_dir, cache_dir, args.skip_bad_rows)
         if args.dev_rows:
             all_rows, dev = held_out(all_rows, spec, args.dev_rows, training.seed)
@@ -388,27 +414,25 @@ def keep_base(model: Causal2VecModel, folder: Path) -> None:
     model.name_or_path = model.config.name_or_path = str(folder)
 
 
-def describe(model, data: TrainingData, sampler: SingleDatasetBatchSampler, collator: Collator, training) -> dict:
+def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch: dict, training) -> dict:
     """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
-    batch = collator([data[key] for key in next(iter(sampler))])
     tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("queries", "documents"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "datasets": [
-            {
-                "name": spec.name,
-                "rows": len(rows),
-                "sample_ratio": spec.sample_ratio,
-                "rows_per_epoch": used,
-                "dropped_per_epoch": sampler.dropped[spec.name],
-                "instructions": spec.instructions,
-            }
-            for spec, rows, used in zip(data.specs, data.rows, sampler.rows_per_epoch)
-        ],
-        "global_batch_size": sampler.global_batch_size,
+    counted = isinstance(batches, SingleDatasetBatchSampler)
+    plan = {"datasets": []}
+    for index, spec in enumerate(batches.data.specs):
+        dataset = {"name": spec.name, "sample_ratio": spec.sample_ratio, "instructions": spec.instructions}
+        if counted:
+            dataset["rows"] = len(batches.data.rows[index])
+            dataset["rows_per_epoch"] = batches.rows_per_epoch[index]
+            dataset["dropped_per_epoch"] = batches.dropped[spec.name]
+        plan["datasets"].append(dataset)
+    return plan | {
+        "streaming": not counted,
+        "global_batch_size": batches.global_batch_size,
         "rows_per_forward": training.per_device_train_batch_size,
-        "steps": sampler.num_global_batches,
-        "steps_per_epoch": sampler.global_batches_per_epoch,
+        "steps": batches.num_global_batches,
+        "steps_per_epoch": batches.global_batches_per_epoch if counted else None,
         "trainable_parameters": {
             tower: sum(p.numel() for p in getattr(model, tower).parameters() if p.requires_grad)
             for tower in ("encoder", "projector", "decoder")
@@ -417,7 +441,7 @@ def describe(model, data: TrainingData, sampler: SingleDatasetBatchSampler, coll
             tower: sum(p.numel() for p in getattr(model, tower).parameters())
             for tower in ("encoder", "projector", "decoder")
         },
-        "estimated_decoder_tokens": tokens * len(sampler),
+        "estimated_decoder_tokens": tokens * batches.num_global_batches * batches.micro_batches,
         # weights, and for what is trained also a gradient and AdamW's two moments
         "estimated_gigabytes_without_activations": round(
             (sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trainable) / 1e9, 3
@@ -499,26 +523,44 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     if args.gradcache:
         rows_per_batch, args.gradient_accumulation_steps = rows_per_batch * args.gradient_accumulation_steps, 1
     micro_batches = args.gradient_accumulation_steps * args.world_size
-    sampler = SingleDatasetBatchSampler(data, rows_per_batch, micro_batches, args.max_steps, args.seed)
     collator = Collator(base.processor, data_args.train_max_length)
-    plan = describe(model, data, sampler, collator, args)
+    if data_args.streaming:
+        batches = StreamedBatches(
+            data,
+            rows_per_batch,
+            micro_batches,
+            args.max_steps,
+            data_args.shuffle_buffer,
+            args.process_index,
+            args.world_size,
+        )
+        first = collator(next(iter(batches)))
+    else:
+        steps = args.max_steps if args.max_steps > 0 else None
+        batches = SingleDatasetBatchSampler(data, rows_per_batch, micro_batches, steps, args.seed)
+        if steps is None:  # the sampler makes the batches of all epochs
+            batches.num_global_batches = math.ceil(args.num_train_epochs * batches.global_batches_per_epoch)
+            args.max_steps = batches.num_global_batches
+        first = collator([data[key] for key in next(iter(batches))])
+    plan = describe(model, batches, first, args)
     if args.dry_run:
         print(json.dumps(plan, indent=1))
-        print(show_batch(base.processor, collator([data[key] for key in next(iter(sampler))])))
+        print(show_batch(base.processor, first))
         return output
-    for dataset in plan["datasets"]:
-        logger.info("%(name)s: %(rows_per_epoch)d rows per epoch, %(dropped_per_epoch)d of them dropped", dataset)
+    if not data_args.streaming:
+        for dataset in plan["datasets"]:
+            logger.info("%(name)s: %(rows_per_epoch)d rows per epoch, %(dropped_per_epoch)d of them dropped", dataset)
 
     if not dev_sets:
         args.eval_strategy = "no"
     trainer = Causal2VecTrainer(
         model=model,
         args=args,
-        train_dataset=data,
+        train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
         loss=InfoNCE(args.temperature, args.matryoshka_dims),
-        sampler=sampler,
+        sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,
         callbacks=[MarkComplete(), *callbacks],

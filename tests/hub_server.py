@@ -1,4 +1,5 @@
-"""A model Hub on the loopback interface, in memory: the part of the Hub's HTTP protocol that models are pushed and pulled by.
+"""A Hub on the loopback interface, in memory: the part of its HTTP protocol that models are pushed and pulled by, and
+datasets read by.
 
     with HubServer() as hub:
         ...  # clients run with HF_ENDPOINT=hub.url and HF_TOKEN=TOKEN
@@ -353,21 +354,22 @@ class Handler(BaseHTTPRequestHandler):
         self.send(206, content[start : end + 1], headers)
 
 
+_API = r"/api/(?:models|datasets)"
 _ID, _REVISION = r"(?P<repo_id>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
 ROUTES = (
     (("GET",), r"/api/whoami-v2", "whoami"),
     (("POST",), r"/api/validate-yaml", "validate_yaml"),
     (("POST",), r"/api/repos/create", "create_repo"),
-    (("POST",), rf"/api/models/{_ID}/branch/{_REVISION}", "create_branch"),
-    (("POST",), rf"/api/models/{_ID}/preupload/{_REVISION}", "preupload"),
+    (("POST",), rf"{_API}/{_ID}/branch/{_REVISION}", "create_branch"),
+    (("POST",), rf"{_API}/{_ID}/preupload/{_REVISION}", "preupload"),
     (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", "lfs_batch"),
     (("POST",), rf"/{_ID}\.git/info/lfs/verify", "lfs_verify"),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     (("GET", "HEAD"), r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
-    (("POST",), rf"/api/models/{_ID}/commit/{_REVISION}", "commit"),
-    (("GET",), rf"/api/models/{_ID}/revision/{_REVISION}", "info"),
-    (("GET",), rf"/api/models/{_ID}/refs", "refs"),
-    (("GET",), rf"/api/models/{_ID}/tree/{_REVISION}(?P<folder>/.+)?", "tree"),
-    (("GET",), rf"/api/models/{_ID}", "info"),
-    (("GET", "HEAD"), rf"/{_ID}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
+    (("POST",), rf"{_API}/{_ID}/commit/{_REVISION}", "commit"),
+    (("GET",), rf"{_API}/{_ID}/revision/{_REVISION}", "info"),
+    (("GET",), rf"{_API}/{_ID}/refs", "refs"),
+    (("GET",), rf"{_API}/{_ID}/tree/{_REVISION}(?P<folder>/.+)?", "tree"),
+    (("GET",), rf"{_API}/{_ID}", "info"),
+    (("GET", "HEAD"), rf"/(?:datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
 )

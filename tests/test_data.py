@@ -11,11 +11,13 @@ from data import (
     Collator,
     DatasetSpec,
     SingleDatasetBatchSampler,
+    StreamedBatches,
     TrainingData,
     load_rows,
     normalise_row,
     read_data_file,
     read_rows,
+    stream_rows,
     text_id,
 )
 
@@ -218,3 +220,71 @@ def test_the_collator_gives_each_query_its_own_examples(tiny_model):
         alone = tiny_model.processor(example.query, "find", examples=example.examples or None)["input_ids"][0]
         ids = tensors["queries"]["input_ids"][place]
         assert ids[tensors["queries"]["attention_mask"][place].bool()].equal(alone)
+
+
+def streams(tmp_path, **counts):
+    """Streams of as many rows as asked, from files of several kinds."""
+    import datasets
+
+    specs = []
+    for name, count in counts.items():
+        rows = rows_of(name, count, negatives=1)
+        if name == "p":
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+        else:
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        instructions = [f"find {name}", f"similar {name}"]
+        path = f"{name}.{'parquet' if name == 'p' else 'jsonl'}"
+        specs.append(DatasetSpec(name, path, instructions, symmetric=instructions[1:]))
+    return specs, [stream_rows(spec, str(tmp_path)) for spec in specs]
+
+
+def test_streamed_batches_hold_every_row_once_per_pass(tmp_path):
+    data = TrainingData(*streams(tmp_path, a=22, p=12), num_negatives=1, seed=3)
+    stream = StreamedBatches(data, batch_size=2, micro_batches=2, num_global_batches=40, shuffle_buffer=8)
+    batches = list(stream)
+    assert len(batches) == len(stream) == 80
+    queries: dict[str, list[str]] = {"a": [], "p": []}
+    for first, second in zip(batches[::2], batches[1::2]):
+        names = {example.dataset for example in first + second}
+        assert len(names) == len({example.instruction for example in first + second}) == 1
+        queries[names.pop()] += [example.query for example in first + second]
+    for name, (rows, used) in {"a": (22, 20), "p": (12, 12)}.items():
+        passes = [queries[name][start : start + used] for start in range(0, len(queries[name]) - used + 1, used)]
+        assert len(passes) >= 2
+        for part in passes:
+            assert len(set(part)) == used and set(part) <= {f"{name} query {i}" for i in range(rows)}
+        assert passes[0] != passes[1] != sorted(passes[1])
+    assert list(stream) == batches  # the same again, as a resumed run needs
+    assert {example.document_instruction for batch in batches for example in batch} >= {None, "similar a"}
+
+
+def test_ranks_and_workers_share_a_stream_out(tmp_path):
+    data = TrainingData(*streams(tmp_path, a=24), seed=1)
+    make = dict(batch_size=3, micro_batches=4, num_global_batches=5, shuffle_buffer=5)
+    everything = list(StreamedBatches(data, **make))
+    for rank in range(2):
+        share = StreamedBatches(data, **make, rank=rank, world_size=2)
+        assert list(share) == everything[rank::2] and len(share) == 10
+
+
+def test_examples_of_streamed_rows_come_from_their_batch(tmp_path):
+    data = TrainingData(*streams(tmp_path, a=24), max_examples=3, seed=1)
+    drawn = 0
+    for batch in StreamedBatches(data, batch_size=8, num_global_batches=6, shuffle_buffer=5):
+        queries = {example.query for example in batch}
+        for example in batch:
+            drawn += len(example.examples)
+            assert {shown["query"] for shown in example.examples} <= queries - {example.query}
+    assert drawn > 20
+
+
+def test_a_stream_stops_where_it_must(tmp_path):
+    data = TrainingData(*streams(tmp_path, a=3))
+    with pytest.raises(ValueError, match="'a' has 3 rows, fewer than the 4 of a global batch"):
+        list(StreamedBatches(data, batch_size=4))
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "positive": "p"}\n{"query": "q"}\n')
+    with pytest.raises(BadRow, match="line 2: no positive"):
+        list(StreamedBatches(data, batch_size=1, num_global_batches=2))
+    with pytest.raises(FileNotFoundError, match="no file"):
+        stream_rows(DatasetSpec("x", "x.jsonl", ["find"]), str(tmp_path))

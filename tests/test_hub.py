@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TEXTS
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, File, HubServer, Repo
 
 from card import write_card
 from saving_utils import SHIPPED_CODE, code_table
@@ -508,3 +508,19 @@ def test_saving_again_brings_the_hashes_up_to_date(complete_dir, tiny_model, tmp
     tiny_model.save_pretrained(folder)
     assert code_table(folder) in (folder / "README.md").read_text()
     assert "license: apache-2.0" in (folder / "README.md").read_text()  # the rest stays
+
+
+def test_a_dataset_on_the_hub_becomes_training_rows(client, hub, tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"p{i}", "negative_1": f"n{i}"} for i in range(5)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    hub.repos["tester/pairs"] = repo = Repo()
+    repo.commit("main", {"data/train-00000-of-00001.jsonl": File(content, lfs=False)})
+    code = """
+from data import DatasetSpec, load_rows, stream_rows
+spec = DatasetSpec("pairs", "tester/pairs", ["find"])
+value = [load_rows(spec, "nowhere", cache).to_list(), list(stream_rows(spec, "nowhere"))]
+"""
+    expected = [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{i}"]} for i in range(5)]
+    assert client.run(code, cache=str(tmp_path)) == [expected, expected]
+    with pytest.raises(ClientError, match="tester/none"):
+        client.run(code.replace("tester/pairs", "tester/none"), cache=str(tmp_path))

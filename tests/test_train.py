@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +200,59 @@ def test_a_resumed_run_continues_as_if_never_interrupted(run, tmp_path):
     expected, actual = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
+
+
+def test_a_run_that_was_killed_while_saving_goes_on(run, tmp_path):
+    # A process of its own, killed by SIGKILL in the middle of writing its second checkpoint.
+    straight = run("--lora_dropout", 0.3)
+    recipe = json.loads((tmp_path / "recipe.json").read_text()) | {"lora_dropout": 0.3}
+    recipe["output_dir"] = str(tmp_path / "killed")
+    (tmp_path / "killed.json").write_text(json.dumps(recipe))
+    program = """
+import os, signal, sys
+import torch
+import train
+save, calls = torch.save, []
+def save_half(value, file, *args, **kwargs):
+    calls.append(file)
+    save(value, file, *args, **kwargs)
+    if "checkpoint-4" in str(file):
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+train.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "killed.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "killed" / "checkpoint-4").exists() and not (tmp_path / "killed" / "model").exists()
+    resumed = run("--lora_dropout", 0.3, "--resume", output_dir=tmp_path / "killed")
+    assert losses(resumed.parent) == losses(straight.parent)
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_a_streamed_run_trains_and_resumes(run, tmp_path):
+    flags = ("--streaming", "--shuffle_buffer", 10, "--max_examples", 2)
+    straight = run(*flags, output_dir=tmp_path / "straight")
+    assert len(losses(straight.parent)) == 4
+    assert "streamed" in (straight / "README.md").read_text()
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(tmp_path / "straight", interrupted)
+    (interrupted / "checkpoint-4" / train.COMPLETE).unlink()
+    resumed = run(*flags, "--resume", output_dir=interrupted)
+    assert losses(resumed.parent) == losses(straight.parent)
+    assert not (straight.parent / "data").exists()  # no copy of the rows
+    for refused in (("--dev_rows", 5), ("--max_steps", -1)):
+        with pytest.raises(ValueError, match="stream"):
+            run(*flags, *refused, output_dir=tmp_path / "refused")
+
+
+def test_epochs_instead_of_steps(run):
+    folder = run("--max_steps", -1, "--num_train_epochs", 1.5, "--save_strategy", "no")  # 2 datasets of 40 rows by 4
+    assert len(losses(folder.parent)) == 30
 
 
 def test_another_runs_checkpoints_are_not_overwritten(run):
