@@ -3,7 +3,7 @@
 `sorted_batches` sorts texts by their length in tokens, longest first, so that rows of a batch hardly differ and too large
 a batch shows at once. `packed_states` goes further: it joins the rows of a batch into one without padding, and attention
 runs over each run of equally long rows by itself. Invariants: every text is in exactly one batch, no vector depends on
-which, and no row sees another.
+which, and no row sees another. On GPUs in half precision torch's variable-length kernel takes all runs at once.
 """
 
 import inspect
@@ -20,6 +20,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # an older torch's
+        varlen_attn = None
+except ImportError:
+    varlen_attn = None
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +125,32 @@ class Packing:
     head: object | None = None
     windows: list[int | None] = field(default_factory=list)
     layers_done: list[int] = field(default_factory=list)
+    layouts: dict[int, "VarlenLayout"] = field(default_factory=dict)
+
+    def varlen_layout(self, kept: int, device: torch.device) -> "VarlenLayout":
+        """Where rows begin and end for the variable-length kernel, each with `kept` keys of the head before its own."""
+        if kept not in self.layouts:
+            ends = list(itertools.accumulate(self.lengths, initial=0))
+            keys = [[*range(kept), *range(kept + start, kept + end)] for start, end in itertools.pairwise(ends)]
+            self.layouts[kept] = VarlenLayout(
+                torch.tensor(ends, dtype=torch.int32, device=device),
+                torch.tensor([end + kept * row for row, end in enumerate(ends)], dtype=torch.int32, device=device),
+                torch.tensor([key for row in keys for key in row], device=device),
+            )
+        return self.layouts[kept]
+
+
+@dataclass
+class VarlenLayout:
+    """
+    Args:
+        query_ends, key_ends (`(rows + 1,)`): Where each row's queries and keys begin and end.
+        keys (`(rows * kept + total,)`): Places of the rows' keys in the head's and the rows' keys, joined.
+    """
+
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    keys: torch.Tensor
 
 
 def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing: Packing) -> torch.Tensor | None:
@@ -167,7 +201,13 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     packing.layers_done.append(module.layer_idx)
     window = packing.windows[module.layer_idx]
-    layer = None if packing.head is None else packing.head.layers[module.layer_idx]
+    head = None if packing.head is None else packing.head.layers[module.layer_idx]
+    attend = _attend_runs if dropout or not has_varlen_kernel(query) else _attend_varlen
+    return attend(query, key, value, packing, head, window, scaling, dropout).unsqueeze(0), None
+
+
+def _attend_runs(query, key, value, packing: Packing, head, window: int | None, scaling, dropout) -> torch.Tensor:
+    """One SDPA per run of rows of equal length, on any device and in any dtype: `(total, heads, head_dim)`."""
     outputs, start = [], 0
     for length, run in itertools.groupby(packing.lengths):
         count = len(list(run))
@@ -175,11 +215,11 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         # (1, heads, count * length, head_dim) -> (count, heads, length, head_dim), for queries, keys and values
         q, k, v = (t[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for t in (query, key, value))
         mask = None
-        if layer is not None:
+        if head is not None:
             k = torch.cat(
-                [layer.keys.expand(count, -1, -1, -1), k], dim=-2
+                [head.keys.expand(count, -1, -1, -1), k], dim=-2
             )  # (count, kv_heads, kept + length, head_dim)
-            v = torch.cat([layer.values.expand(count, -1, -1, -1), v], dim=-2)
+            v = torch.cat([head.values.expand(count, -1, -1, -1), v], dim=-2)
         kept = k.shape[-2] - length
         if kept or (window is not None and length > window):
             back = torch.arange(kept, kept + length, device=q.device)[:, None] - torch.arange(
@@ -191,7 +231,38 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (count * length, heads, head_dim)
         start = end
-    return torch.cat(outputs).unsqueeze(0), None  # (1, total, heads, head_dim)
+    return torch.cat(outputs)
+
+
+def _attend_varlen(query, key, value, packing: Packing, head, window: int | None, scaling, dropout) -> torch.Tensor:
+    """All rows in one call of torch's variable-length kernel: `(total, heads, head_dim)`."""
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (total, heads, head_dim) each
+    kept = 0 if head is None else head.keys.shape[-2]
+    layout = packing.varlen_layout(kept, query.device)
+    if kept:  # each row has the head's keys before its own
+        key = torch.cat([head.keys[0].transpose(0, 1), key])[layout.keys]  # (rows * kept + total, kv_heads, head_dim)
+        value = torch.cat([head.values[0].transpose(0, 1), value])[layout.keys]
+    longest = max(packing.lengths)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        layout.query_ends,
+        layout.key_ends,
+        longest,
+        kept + longest,
+        scale=scaling,
+        window_size=(
+            -1 if window is None else window - 1,
+            0,
+        ),  # how far back and ahead; the last key is the last query's
+        enable_gqa=True,
+    )
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel takes these: on a GPU, in half precision."""
+    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

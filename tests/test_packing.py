@@ -169,6 +169,43 @@ class TestPacked:
         assert model.prefix_cache.hits > 0
         assert model.decoder.config._attn_implementation == "sdpa"
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_gpus_kernel_gets_the_same_rows(self, family, make_model, monkeypatch):
+        # The kernel itself needs a GPU: here one with its contract stands in for it.
+        calls = []
+
+        def varlen_attn(query, key, value, query_ends, key_ends, max_q, max_k, *, scale, window_size, enable_gqa):
+            assert query_ends.dtype == key_ends.dtype == torch.int32 and window_size[1] == 0
+            calls.append(len(key) > len(query))
+            outputs = []
+            ends = zip(query_ends[:-1], query_ends[1:], key_ends[:-1], key_ends[1:])
+            for q_start, q_end, k_start, k_end in ends:
+                length, kept = int(q_end - q_start), int(k_end - k_start - (q_end - q_start))
+                assert length <= max_q and kept + length <= max_k
+                back = torch.arange(kept, kept + length)[:, None] - torch.arange(kept + length)
+                mask = (back >= 0) & ((back <= window_size[0]) | torch.tensor(window_size[0] == -1))
+                q, k, v = (
+                    t[start:end].transpose(0, 1)
+                    for t, start, end in ((query, q_start, q_end), (key, k_start, k_end), (value, k_start, k_end))
+                )
+                attended = torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+                )
+                outputs.append(attended.transpose(0, 1))
+            return torch.cat(outputs)
+
+        monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
+        monkeypatch.setattr(packing, "has_varlen_kernel", lambda query: True)
+        model = make_model(family)
+        for instruction in (None, INSTRUCTION):
+            encoded = model.encode(TEXTS, instruction=instruction, packed=True)
+            assert np.abs(encoded - plain(model, TEXTS, instruction)).max() <= 1e-5
+        assert set(calls) == {False, True}
+
+    def test_the_gpus_kernel_is_not_used_here(self):
+        assert not packing.has_varlen_kernel(torch.zeros(1))
+        assert packing.varlen_attn is not None
+
     def test_the_decoder_reads_no_padding(self, model):
         seen = []
         model.decoder.register_forward_pre_hook(

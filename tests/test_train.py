@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,58 @@ def test_a_streamed_run_trains_and_resumes(run, tmp_path):
 def test_epochs_instead_of_steps(run):
     folder = run("--max_steps", -1, "--num_train_epochs", 1.5, "--save_strategy", "no")  # 2 datasets of 40 rows by 4
     assert len(losses(folder.parent)) == 30
+
+
+def train_in_rank(rank: int, port: int, recipe: str, ways: dict) -> None:
+    """One of two processes, as torchrun would start it; leaves the rows that it was given."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for way, flags in ways.items():
+        train_and_note_rows(recipe, flags, f"{Path(recipe).parent}/{way}", rank)
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads and DDP's destructors can wait for each other for ever at an orderly end
+
+
+def train_and_note_rows(recipe: str, flags: list[str], output_dir: str, rank: int = 0) -> None:
+    seen, call = [], train.Collator.__call__
+
+    def note(self, batch):
+        collated = call(self, batch)
+        seen.append([collated["dataset"], *collated["rows"]])
+        return collated
+
+    train.Collator.__call__ = note
+    try:
+        train.main([recipe, *flags, "--output_dir", output_dir])
+    finally:
+        train.Collator.__call__ = call
+    Path(output_dir, f"rows-{rank}.json").write_text(json.dumps(seen[1:]))  # the first was for the plan
+
+
+def test_two_processes_train_what_one_trains(run, tmp_path):
+    run("--dry_run")  # writes the recipe
+    recipe = str(tmp_path / "recipe.json")
+    ways = {
+        "gradcache": ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradcache"],
+        "streamed": ["--per_device_train_batch_size", "4", "--streaming", "--shuffle_buffer", "10"],
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_rank, args=(port, recipe, ways), nprocs=2)
+    for way, flags in ways.items():
+        alone = tmp_path / f"{way}-alone"
+        plain = flags[2:] if way == "streamed" else []
+        train_and_note_rows(recipe, ["--per_device_train_batch_size", "8", *plain], str(alone))
+        ranks = [json.loads((tmp_path / way / f"rows-{rank}.json").read_text())[:4] for rank in range(2)]
+        one = json.loads((alone / "rows-0.json").read_text())[:4]
+        for first, second, whole in zip(*ranks, one, strict=True):
+            assert first[0] == second[0] == whole[0]
+            assert first[1:] + second[1:] == whole[1:]
+        assert losses(tmp_path / way) == pytest.approx(losses(alone), abs=1e-3)
+        expected, actual = (Causal2VecModel.from_pretrained(f / "model").encode(TEXTS) for f in (alone, tmp_path / way))
+        assert abs(expected - actual).max() < 1e-3
 
 
 def test_another_runs_checkpoints_are_not_overwritten(run):
