@@ -44,6 +44,7 @@ CORPORA = (
 )
 COLUMNS = ("text", "sentence1", "sentences")
 BASELINE = "bge-en-icl"
+PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float32 compiled": "float32"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +62,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long_texts", type=int, default=8, help="512-token texts; 0 leaves the scenario out.")
     parser.add_argument("--corpus_texts", type=int, default=256, help="Texts of mixed lengths; 0 leaves it out.")
     parser.add_argument("--queries", type=int, default=30, help="Single queries timed; 0 leaves the scenario out.")
+    parser.add_argument("--precision_texts", type=int, default=128,
+                        help="Texts encoded in float32, in bfloat16 and compiled; 0 leaves the scenario out.")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -426,6 +429,42 @@ def bench_corpus(model, args) -> dict:
     return result
 
 
+def bench_precision(args) -> dict:
+    """
+    `encode` in float32, in bfloat16, and compiled: throughput on short and on long texts, the least cosine to float32's
+    vectors, and with evaluation packs Spearman's correlation on STSBenchmark.
+    """
+    count = args.precision_texts
+    texts = {
+        "short texts": read_texts(args.data_dir, args.tasks[0])[:count],
+        "long texts": read_texts(args.data_dir, *CORPORA[0])[: count // 4],
+    }
+    models = {name: load(args, args.decoder_config, dtype) for name, dtype in PRECISIONS.items()}
+    for name, model in models.items():
+        if name.endswith("compiled"):
+            model.compile(dynamic=True)
+    expected = {kind: models["float32"].encode(some, convert_to_tensor=True) for kind, some in texts.items()}
+    result = {name: {"cosine": 1.0} for name in models}
+    for kind, some in texts.items():
+        runs = {
+            name: lambda model=model, some=some: model.encode(some, batch_size=args.batch_size, convert_to_tensor=True)
+            for name, model in models.items()
+        }
+        seconds = interleaved(runs, args.repeats, args.device)
+        for name, run in runs.items():
+            result[name][f"{kind} per second"] = len(some) / statistics.median(seconds[name])
+            cosine = float((run() * expected[kind]).sum(-1).min())
+            result[name]["cosine"] = min(result[name]["cosine"], cosine)
+        log(f"{kind}: {result}")
+    if args.data_dir is not None:
+        from dev import load_pack
+
+        dev = load_pack(str(Path(args.data_dir, "STSBenchmark")), read_instruction("STSBenchmark"))
+        for name, model in models.items():
+            result[name]["STSBenchmark"] = 100 * dev.score(model, batch_size=args.batch_size)
+    return result
+
+
 def size_without_embeddings(tower) -> int:
     tables = {id(m.weight) for m in tower.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in tower.parameters() if id(p) not in tables)
@@ -522,6 +561,17 @@ def make_tables(results: dict) -> str:
         for name in ("50-token head", "no head"):
             speed = corpus[name]["texts_per_second"]
             lines.append(f"| {name} | {speed['input order']:.2f} | {speed['everything on']:.2f} |")
+    if results.get("precision"):
+        columns = list(next(iter(results["precision"].values())))
+        lines += [
+            "",
+            "## Precision and compilation",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for name, values in results["precision"].items():
+            lines.append(f"| {name} | {' | '.join(f'{values[column]:.4g}' for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -575,9 +625,10 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def load(args, decoder_config: str | None) -> Causal2VecModel:
+def load(args, decoder_config: str | None, dtype: str | None = None) -> Causal2VecModel:
     """The model, or its encoder and tokenizers with a random decoder of another shape."""
-    model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype)
+    dtype = dtype or args.dtype
+    model = Causal2VecModel.from_pretrained(args.model, dtype=dtype)
     if decoder_config is not None:
         from transformers import AutoConfig
 
@@ -600,7 +651,7 @@ def load(args, decoder_config: str | None) -> Causal2VecModel:
         torch.manual_seed(0)
         with torch.device(args.device):
             default = torch.get_default_dtype()
-            torch.set_default_dtype(getattr(torch, args.dtype))
+            torch.set_default_dtype(getattr(torch, dtype))
             try:
                 model = type(model)(config, encoder=encoder)
             finally:
@@ -654,6 +705,9 @@ def main(arguments: list[str] | None = None) -> dict:
         keep()
     if args.corpus_texts:
         results["corpus"] = bench_corpus(model, args)
+        keep()
+    if args.precision_texts:
+        results["precision"] = bench_precision(args)
         keep()
     if args.long_texts:
         results["long"] = bench_long(model if args.decoder_config else load(args, args.long_decoder_config), args)

@@ -27,9 +27,10 @@ def run(bench, saved_dir, tmp_path_factory):
         json.dumps({**decoder, "num_key_value_heads": 2, "max_position_embeddings": 512})
     )
     threads = torch.get_num_threads()
+    bench.PRECISIONS.pop("float32 compiled")  # compiling takes minutes
     results = bench.main(
         f"--model {saved_dir} --decoder_config {folder / 'decoder.json'} --tasks STS12 --texts 6 --long_texts 2 "
-        f"--corpus_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu --output {folder} --name tiny".split()
+        f"--corpus_texts 8 --precision_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu --output {folder} --name tiny".split()
     )
     assert torch.get_num_threads() == threads
     return folder, results
@@ -39,6 +40,12 @@ class TestRun:
     def test_last_line_is_the_results(self, bench, run, capsys):
         folder, results = run
         assert json.loads((folder / "tiny.json").read_text()) == results
+
+    def test_precision(self, run):
+        precision = run[1]["precision"]
+        assert precision["float32"]["cosine"] > 0.99999 > precision["bfloat16"]["cosine"] > 0.99
+        assert all(values["short texts per second"] > 0 for values in precision.values())
+        assert "| bfloat16 |" in (run[0] / "tiny.md").read_text()
 
     def test_methods(self, run):
         methods = run[1]["tasks"]["STS12"]["methods"]

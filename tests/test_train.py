@@ -370,13 +370,14 @@ def test_dry_run_prints_the_plan_and_a_batch_and_trains_nothing(run, capsys, tmp
 def test_dev_scores_choose_the_step(run):
     folder = run(
         "--dev_rows", 10, "--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "true",
-        "--metric_for_best_model", "score", "--train_decoder", "full",
+        "--metric_for_best_model", "score", "--train_decoder", "full", "--report_to", "tensorboard",
     )  # fmt: skip
     facts = json.loads((folder.parent / "training.json").read_text())
     scores = {entry["step"]: entry["eval_score"] for entry in facts["log"] if "eval_score" in entry}
     assert sorted(scores) == [2, 4]
     assert facts["best_step"] == max(scores, key=scores.get)
     assert (folder.parent / "training.png").stat().st_size > 1000
+    assert list(folder.parent.rglob("events.out.tfevents*"))
 
 
 @pytest.mark.parametrize(
