@@ -156,14 +156,7 @@ class Causal2VecBackend:
 
     def fit(self, instruction: str | None, examples: list[dict] | None) -> list[dict] | None:
         """As many of the examples as leave a quarter of the longest sequence, at most 512 tokens, to the text."""
-        if not examples:
-            return None
-        limit = self.max_length or self.model.config.icl_max_seq_length
-        room = min(512, limit // 4)
-        count = len(examples)
-        while count and len(self.model.processor.encode_head(instruction, examples[:count])) > limit - room:
-            count -= 1
-        return examples[:count] or None
+        return self.model.processor.fit_examples(instruction, examples or [], self.max_length) or None
 
     def describe(self, text: str, instruction: str | None, examples: list[dict] | None) -> dict[str, str]:
         """The rows of one text as strings."""

@@ -154,6 +154,16 @@ class Causal2VecProcessor(ProcessorMixin):
         before, behind = self._encode_parts(instruction, examples)
         return before + behind
 
+    def fit_examples(
+        self, instruction: str | None, examples: Sequence[dict], max_length: int | None = None
+    ) -> Sequence[dict]:
+        """The first of the examples, as many as leave a quarter of a row, at most 512 tokens, to the text."""
+        limit = max_length or self.icl_max_seq_length
+        room = min(512, limit // 4)
+        while examples and len(self.encode_head(instruction, examples)) > limit - room:
+            examples = examples[:-1]
+        return examples
+
     def _encode_parts(self, instruction: str | None, examples: Sequence[dict] | None) -> tuple[list[int], list[int]]:
         """Ids before the slot, and ids between the slot and the text."""
         user_part = _clean(format_examples(examples, instruction) + (instruction or ""))
