@@ -13,15 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig, is_hub_id
-from saving_utils import code_table, refresh_hashes
+from saving_utils import code_table, in_words, refresh_hashes
 
 
 TEMPLATE = """
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: `{encoder}` reads the text and gives one
-Contextual token, which `{decoder}` reads with the text. {dim} numbers per text, compared by cosine. It needs `torch` and
-`transformers` (5.17 or newer).
+A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per text, compared by
+cosine. It needs `torch` and `transformers` (5.17 or newer).
 
 ```python
 from transformers import AutoModel
@@ -82,6 +81,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     arguments, plan, config = facts["arguments"], facts["plan"], model.config
+    parts_of = f"the {{}} of {shown(arguments['model'])}"
     scores = [] if results is None else eval_results(results)
     data = ModelCardData(
         license=licence,
@@ -97,9 +97,10 @@ def write_card(
     )
     text = TEMPLATE.format(
         name=name,
-        encoder=shown(arguments["encoder"]) or f"the encoder of {shown(arguments['model'])}",
-        decoder=shown(arguments["decoder"]) or f"the decoder of {shown(arguments['model'])}",
-        dim=2 * config.hidden_size,
+        works=in_words(
+            config, *(f"`{shown(arguments[part]) or parts_of.format(part)}`" for part in ("encoder", "decoder"))
+        ),
+        dim=config.embedding_size,
         instruction=config.query_instruction or plan["datasets"][0]["instructions"][0],
         query_instruction=f"`{config.query_instruction}`"
         if config.query_instruction

@@ -38,20 +38,23 @@ PROMPT_TEMPLATES = {
 }
 
 
+WITHOUT_ENCODER = ("last_token", "token_prepending")  # baselines that are the decoder alone
+
+
 class Causal2VecConfig(PreTrainedConfig):
     """
     Configuration of a [`Causal2VecModel`].
 
     Args:
         encoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BERT's):
-            Any encoder that `AutoModel` knows. A dict needs its `model_type`.
+            Any encoder that `AutoModel` knows. A dict needs its `model_type`. Baselines without encoder have `None`.
         decoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to Llama's):
             Any decoder-only model that `AutoModel` knows. A dict needs its `model_type`.
         contextual_token_id (`int`, defaults to 0):
             Id in the decoder's vocabulary that is reserved for the Contextual token's place. Its own embedding is never
             used and text is never encoded to it.
         hidden_size (`int`, *optional*):
-            The decoder's hidden size; filled in. An embedding has `2 * hidden_size` numbers.
+            The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many.
         prompt_head (`str`, defaults to `""`):
             Template text before the instruction. Control tokens in it are encoded as such.
         prompt_tail (`str`, defaults to `""`):
@@ -73,6 +76,19 @@ class Causal2VecConfig(PreTrainedConfig):
             Activation between them.
         projector_bias (`bool`, defaults to `True`):
             Whether the two linear layers have biases.
+        pooling (`str`, defaults to `"concat"`):
+            What an embedding is made of (Table 12): `"concat"` of the Contextual token's and EOS's states, their
+            `"average"`, `"eos"` alone, or `"eos_encoder"`: EOS's state and the projected output of the encoder.
+        contextual_position (`str`, defaults to `"after_instruction"`):
+            Or `"before_instruction"` (Table 14): then between the template's head and the instruction.
+        num_contextual_tokens (`int`, defaults to 1):
+            More than one are read from the encoder's states by cross-attention with learnable queries (Table 5). The
+            last of them, which sees the others, is then the one whose state goes into an embedding.
+        bidirectional (`bool`, defaults to `False`):
+            Whether the decoder's attention looks both ways (Table 15).
+        baseline (`str`, *optional*):
+            One of the methods that the paper compares with, which are the models of baselines.py: `"last_token"`
+            (Table 2), `"embedding_concat"` (Table 4) or `"token_prepending"` (Table 6). Their pooling is their own.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -105,6 +121,11 @@ class Causal2VecConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "gelu"
     projector_bias: bool = True
+    pooling: str = "concat"
+    contextual_position: str = "after_instruction"
+    num_contextual_tokens: int = 1
+    bidirectional: bool = False
+    baseline: str | None = None
 
     def __post_init__(self, **kwargs):
         for part, values in (
@@ -123,7 +144,11 @@ class Causal2VecConfig(PreTrainedConfig):
             raise ValueError(
                 f"{type(self).__name__} has no {unknown}; its fields are {sorted(_TYPES)} and the two backbones'."
             )
-        self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
+        _check_choices(self)
+        if self.has_encoder:
+            self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
+        elif self.encoder_config is not None:
+            raise ValueError(f"The baseline {self.baseline!r} has no encoder; leave `encoder_config` out.")
         self.decoder_config = _sub_config("decoder_config", self.decoder_config, default="llama")
         super().__post_init__(**kwargs)
 
@@ -147,8 +172,11 @@ class Causal2VecConfig(PreTrainedConfig):
                 f"`projector_hidden_act` must be one of {sorted(ACT2FN)}, got {self.projector_hidden_act!r}."
             )
         for name, minimum in _MINIMUM.items():
+            if name in ("max_seq_length", "icl_max_seq_length"):
+                minimum += self.num_contextual_tokens - 1
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+        _check_combinations(self)
         for name, backbone in (
             ("max_seq_length", decoder),
             ("icl_max_seq_length", decoder),
@@ -161,26 +189,57 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"backbone, got {getattr(self, name)}."
                 )
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether there is an encoder beside the decoder."""
+        return self.baseline not in WITHOUT_ENCODER
+
+    @property
+    def num_slots(self) -> int:
+        """How many places in a decoder's row are not text: for Contextual tokens, or for the token of token prepending."""
+        return 0 if self.baseline in ("last_token", "embedding_concat") else self.num_contextual_tokens
+
+    @property
+    def embedding_sizes(self) -> tuple[int, ...]:
+        """The sizes of the one or two vectors that an embedding joins."""
+        if self.baseline == "embedding_concat":
+            return self.hidden_size, self.encoder_config.get_text_config().hidden_size
+        if self.baseline is not None or self.pooling in ("average", "eos"):
+            return (self.hidden_size,)
+        return self.hidden_size, self.hidden_size
+
+    @property
+    def embedding_size(self) -> int:
+        """How many numbers an embedding has."""
+        return sum(self.embedding_sizes)
+
     def to_dict(self) -> dict:
         """As everywhere in transformers, but without the folders that the parts came from: they are one machine's."""
         values = super().to_dict()
         for part in (values, values["encoder_config"], values["decoder_config"]):
-            if not is_hub_id(part.get("_name_or_path")):
+            if part is not None and not is_hub_id(part.get("_name_or_path")):
                 part.pop("_name_or_path", None)
         return values
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The decoder's text configuration (the encoder's for `encoder=True` alone): vocabulary, layers, cache."""
-        backbone = self.encoder_config if encoder and not decoder else self.decoder_config
+        backbone = self.encoder_config if encoder and not decoder and self.has_encoder else self.decoder_config
         return backbone.get_text_config()
 
 
 # A decoder row holds at least the slot, one text token and EOS; an encoder row one text token between two specials.
 _MINIMUM = {
+    "num_contextual_tokens": 1,
     "max_seq_length": 3,
     "icl_max_seq_length": 3,
     "encoder_max_seq_length": 3,
     "projector_hidden_size": 1,
+}
+
+_CHOICES = {
+    "pooling": ("concat", "average", "eos", "eos_encoder"),
+    "contextual_position": ("after_instruction", "before_instruction"),
+    "baseline": (None, "last_token", "embedding_concat", "token_prepending"),
 }
 
 # What transformers itself writes into a configuration or passes to it, besides its declared fields.
@@ -218,6 +277,11 @@ _TYPES = {
     "projector_hidden_size": (int, type(None)),
     "projector_hidden_act": str,
     "projector_bias": bool,
+    "pooling": str,
+    "contextual_position": str,
+    "num_contextual_tokens": int,
+    "bidirectional": bool,
+    "baseline": (str, type(None)),
 }
 
 
@@ -233,6 +297,34 @@ def _check_types(config: Causal2VecConfig) -> None:
         if not isinstance(value, expected) or is_bool_for_int:
             names = [t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))]
             raise TypeError(f"`{name}` must be {' or '.join(names)}, got {type(value).__name__}: {value!r}.")
+
+
+def _check_choices(config: Causal2VecConfig) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(config, name)!r}.")
+
+
+def _check_combinations(config: Causal2VecConfig) -> None:
+    """Refuses what has no meaning together."""
+    if config.pooling == "eos_encoder" and config.num_contextual_tokens > 1:
+        raise ValueError(
+            "`pooling='eos_encoder'` needs `num_contextual_tokens=1`: several tokens are no single output of the encoder."
+        )
+    if config.baseline is None:
+        return
+    reasons = {
+        "pooling": "it pools in its own way",
+        "num_contextual_tokens": "it has no Contextual token",
+    }
+    if config.num_slots == 0:
+        reasons["contextual_position"] = "it has no Contextual token"
+    if config.baseline == "token_prepending":
+        reasons["bidirectional"] = "with attention both ways every token sees EOS already"
+    for name, reason in reasons.items():
+        default = getattr(type(config), name)
+        if getattr(config, name) != default:
+            raise ValueError(f"`{name}` must be {default!r} for the baseline {config.baseline!r}: {reason}.")
 
 
 def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

@@ -481,12 +481,14 @@ class Collator:
         }
 
     def encode_queries(self, batch: list[Example]) -> dict:
+        """Queries with those of their examples that leave room for them."""
+        examples = [self.processor.fit_examples(batch[0].instruction, example.examples) for example in batch]
         return dict(
             self.processor(
                 [example.query for example in batch],
                 batch[0].instruction,
-                examples=[example.examples for example in batch] if any(e.examples for e in batch) else None,
-                max_length=None if any(e.examples for e in batch) else self.max_length,
+                examples=examples if any(examples) else None,
+                max_length=None if any(examples) else self.max_length,
             )
         )
 

@@ -81,7 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pooling",
         choices=("contextual_eos", "last_token"),
         default="contextual_eos",
-        help="last_token: the checkpoint's decoder alone, without encoder and Contextual token (the paper's baseline)",
+        help="last_token: the checkpoint's decoder alone, without encoder and Contextual token (default: the embedding "
+        "that the checkpoint was trained for)",
     )
     model.add_argument("--max_length", type=int, help="longest decoder sequence in tokens (default: the checkpoint's)")
     model.add_argument(
@@ -511,7 +512,8 @@ def analyze(encoder: MTEBEncoder, tasks: Sequence, output: str | Path, count: in
         lengths[task.name] = {"texts": len(texts), "without_examples": mean_length(None)}
         if encoder.examples_for.table:
             lengths[task.name] |= {"with_examples": mean_length(examples), "examples": len(examples or ())}
-        if encoder.settings["pooling"] == "contextual_eos":
+        config = encoder.backend.model.config
+        if encoder.settings["pooling"] == "contextual_eos" and config.pooling == "concat" and config.baseline is None:
             vectors = encoder.backend.model.encode(
                 texts, instruction=instruction, batch_size=encoder.batch_size, normalize_embeddings=False
             )

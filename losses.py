@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from modeling_causal2vec import truncate_embeddings
+from modeling_causal2vec import check_truncate_dim, truncate_embeddings
 
 
 class InfoNCE(torch.nn.Module):
@@ -24,19 +24,29 @@ class InfoNCE(torch.nn.Module):
         temperature (`float`, defaults to 0.05): tau.
         matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, both halves cut
             alike; the result is the mean over all sizes.
+        sizes (list of `int`, *optional*): The configuration's `embedding_sizes`. Defaults to two halves.
 
     Raises:
-        ValueError: the temperature is not positive, or a size is odd or not positive.
+        ValueError: the temperature is not positive, or embeddings cannot be cut to one of the sizes.
     """
 
-    def __init__(self, temperature: float = 0.05, matryoshka_dims: Sequence[int] | None = None):
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        matryoshka_dims: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+    ):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
         self.temperature = temperature
         self.matryoshka_dims = sorted(set(matryoshka_dims or ()), reverse=True)
-        if any(dim < 2 or dim % 2 for dim in self.matryoshka_dims):
-            raise ValueError(f"`matryoshka_dims` must be even and positive, got {self.matryoshka_dims}.")
+        self.sizes = sizes
+        for dim in self.matryoshka_dims:
+            if sizes is not None:
+                check_truncate_dim(dim, sizes)
+            elif dim < 2 or dim % 2:
+                raise ValueError(f"`matryoshka_dims` must be even and positive, got {self.matryoshka_dims}.")
 
     def forward(
         self,
@@ -72,8 +82,8 @@ class InfoNCE(torch.nn.Module):
         return torch.stack(losses).mean()
 
     def _at_size(self, queries, documents, known, offset: int, size: int) -> torch.Tensor:
-        queries = F.normalize(truncate_embeddings(queries, size), dim=-1)  # (batch, size)
-        documents = F.normalize(truncate_embeddings(documents, size), dim=-1)  # (all documents, size)
+        queries = F.normalize(truncate_embeddings(queries, size, self.sizes), dim=-1)  # (batch, size)
+        documents = F.normalize(truncate_embeddings(documents, size, self.sizes), dim=-1)  # (all documents, size)
         scores = (queries @ documents.T / self.temperature).masked_fill(known, float("-inf"))
         return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
 
@@ -193,7 +203,8 @@ def split_by_length(batch: dict[str, torch.Tensor], size: int) -> tuple[list[dic
     for rows in longest_first.split(size):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
-            used = part[mask].any(0)  # (seq_len,)
-            part[ids], part[mask] = part[ids][:, used], part[mask][:, used]
+            if ids in part:
+                used = part[mask].any(0)  # (seq_len,)
+                part[ids], part[mask] = part[ids][:, used], part[mask][:, used]
         batches.append(part)
     return batches, longest_first.argsort()

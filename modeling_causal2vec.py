@@ -5,7 +5,8 @@
     embedding = concat(state of the Contextual token, state of EOS)               (section 3.3)
 
 Every text token comes after the Contextual token and so sees the whole text. Invariant: both backbones are used as
-`AutoModel` gives them; nothing here depends on which they are.
+`AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
+configuration; the methods that the paper compares with are in baselines.py, as subclasses.
 """
 
 import shutil
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, is_causal, plan_rows
+    from .prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
     from .saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
@@ -41,7 +42,7 @@ try:
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, is_causal, plan_rows
+    from prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
     from saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
@@ -59,8 +60,8 @@ logger = logging.get_logger(__name__)
 class Causal2VecModelOutput(ModelOutput):
     """
     Args:
-        embeddings (`torch.FloatTensor` of shape `(batch, 2 * hidden_size)`):
-            States of the Contextual token and of EOS, concatenated, not normalised.
+        embeddings (`torch.FloatTensor` of shape `(batch, embedding_size)`):
+            By default the states of the Contextual token and of EOS, concatenated; not normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq_len, hidden_size)`, *optional*):
             The decoder's, after its final norm; with `output_last_hidden_state=True`.
         past_key_values (`Cache`, *optional*):
@@ -72,18 +73,33 @@ class Causal2VecModelOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class Causal2VecProjector(nn.Module):
-    """Lifts the encoder's mean into the decoder's word-embedding space: W2 GELU(W1 c), as in LLaVA-1.5."""
+class Causal2VecQueries(nn.Module):
+    """Several vectors of a text: learnable queries that attend to the encoder's states (section 4.4, Table 5)."""
 
     def __init__(self, config: Causal2VecConfig):
         super().__init__()
+        encoder = config.encoder_config.get_text_config()
+        self.queries = nn.Embedding(config.num_contextual_tokens, encoder.hidden_size)
+        self.attention = nn.MultiheadAttention(encoder.hidden_size, encoder.num_attention_heads, batch_first=True)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        queries = self.queries.weight.expand(len(states), -1, -1)  # (batch, tokens, encoder_hidden_size)
+        return self.attention(queries, states, states, key_padding_mask=mask == 0, need_weights=False)[0]
+
+
+class Causal2VecProjector(nn.Module):
+    """Lifts vectors of the encoder into the decoder's word-embedding space: W2 GELU(W1 c), as in LLaVA-1.5."""
+
+    def __init__(self, config: Causal2VecConfig):
+        super().__init__()
+        self.queries = Causal2VecQueries(config) if config.num_contextual_tokens > 1 else None
         encoder_size = config.encoder_config.get_text_config().hidden_size
         self.linear_1 = nn.Linear(encoder_size, config.projector_hidden_size, bias=config.projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(config.projector_hidden_size, config.hidden_size, bias=config.projector_bias)
 
     def forward(self, contextual_vector: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (batch, hidden_size)
+        return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (..., hidden_size)
 
 
 class Causal2VecPreTrainedModel(PreTrainedModel):
@@ -108,8 +124,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         encoder, decoder (`PreTrainedModel`, *optional*): Backbones to use instead of newly initialised ones.
 
     Raises:
-        ValueError: `encoder_max_seq_length` is more than the encoder has positions for.
+        ValueError: `encoder_max_seq_length` is more than the encoder has positions for, or the configuration is that of a
+            baseline.
     """
+
+    baseline: str | None = None
+    processor_class = Causal2VecProcessor
 
     def __init__(
         self,
@@ -118,23 +138,35 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
+        if config.baseline != self.baseline:
+            raise ValueError(
+                f"{type(self).__name__} is built from a configuration with baseline={self.baseline!r}, got "
+                f"{config.baseline!r}. Load with AutoModel, or with `load_model` of baselines.py."
+            )
+        self.add_encoder(encoder)
+        self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder
+        config.decoder_config = self.decoder.config
+        if config.bidirectional:
+            look_both_ways(self.decoder)
+        self._processor: Causal2VecProcessor | None = None
+        self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
+        self.prefix_cache = PrefixCache()
+        self.post_init()
+
+    def add_encoder(self, encoder: PreTrainedModel | None) -> None:
+        """Adds the encoder, newly initialised unless it is given, and the projector."""
+        config = self.config
         self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
         self.projector = Causal2VecProjector(config)
-        self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # never used; its parameters would never get a gradient
-        config.encoder_config, config.decoder_config = self.encoder.config, self.decoder.config
-
+        config.encoder_config = self.encoder.config
         limit = position_limit(self.encoder)
         if limit is not None and config.encoder_max_seq_length > limit:
             raise ValueError(
                 f"`encoder_max_seq_length` must be at most {limit}, the positions of the {self.encoder.config.model_type}"
                 f" encoder, got {config.encoder_max_seq_length}."
             )
-        self._processor: Causal2VecProcessor | None = None
-        self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
-        self.prefix_cache = PrefixCache()
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -143,37 +175,62 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
-        for backbone in (self.encoder, self.decoder):
+        for backbone in filter(None, (self.encoder, self.decoder)):
             if enable and not backbone.supports_gradient_checkpointing:
                 logger.warning("%s keeps its activations: it has no gradient checkpointing.", type(backbone).__name__)
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
-        """The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`."""
+        """
+        The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`; of several
+        Contextual tokens `(batch, num_contextual_tokens, hidden_size)`.
+        """
+        device = self.projector.linear_1.weight.device
+        states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
+        if self.projector.queries is None:
+            contextual_vector = masked_mean(states, mask)  # (batch, encoder_hidden_size)
+        else:
+            contextual_vector = self.projector.queries(states, mask)  # (batch, tokens, encoder_hidden_size)
+        return self.projector(contextual_vector)
+
+    def get_encoder_states(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor):
+        """The encoder's last hidden state `(batch, encoder_seq_len, encoder_hidden_size)` and its mask."""
         # Real tokens first: an encoder with absolute positions counts from the left, padding included.
         order = encoder_attention_mask.argsort(dim=-1, descending=True, stable=True)  # (batch, encoder_seq_len)
         encoder_ids, encoder_attention_mask = encoder_ids.gather(-1, order), encoder_attention_mask.gather(-1, order)
         states = self.encoder(input_ids=encoder_ids, attention_mask=encoder_attention_mask).last_hidden_state
-        mask = encoder_attention_mask.to(states).unsqueeze(-1)  # (batch, encoder_seq_len, 1)
-        contextual_vector = (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, encoder_hidden_size)
-        return self.projector(contextual_vector.to(self.projector.linear_1.weight.device))
+        return states, encoder_attention_mask
 
     def find_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
         """
-        Which position of each row the Contextual token takes: a mask of shape `(batch, seq_len)`.
+        Which positions of each row the Contextual tokens take: a mask of shape `(batch, seq_len)`.
 
         Raises:
-            ValueError: a row has no slot, or several.
+            ValueError: a row has fewer or more slots than there are Contextual tokens.
         """
         is_slot = input_ids == self.config.contextual_token_id  # (batch, seq_len)
-        counts = is_slot.sum(-1)  # (batch,)
-        if not torch.compiler.is_compiling() and not (counts == 1).all():
-            row = int((counts != 1).nonzero()[0])
+        counts, expected = is_slot.sum(-1), self.config.num_slots  # (batch,)
+        if not torch.compiler.is_compiling() and not (counts == expected).all():
+            row = int((counts != expected).nonzero()[0])
             raise ValueError(
                 f"Every row of `input_ids` must hold the contextual slot (id {self.config.contextual_token_id}) exactly "
-                f"once; row {row} holds it {int(counts[row])} times. Build the inputs with `model.processor`."
+                f"{'once' if expected == 1 else f'{expected} times'}; row {row} holds it {int(counts[row])} times. Build "
+                "the inputs with `model.processor`."
             )
         return is_slot
+
+    def pool(self, contextual_state: torch.Tensor, eos_state: torch.Tensor, contextual_token: torch.Tensor | None):
+        """
+        From the two last hidden states (section 3.3) and what the decoder read as Contextual token, `(batch, hidden_size)`
+        each, to embeddings `(batch, embedding_size)`, as `config.pooling` says (appendix C.4).
+        """
+        if self.config.pooling == "eos":
+            return eos_state
+        if self.config.pooling == "average":
+            return (contextual_state + eos_state) / 2
+        if self.config.pooling == "eos_encoder":
+            contextual_state = contextual_token.to(eos_state)
+        return torch.cat([contextual_state, eos_state], dim=-1)
 
     def forward(
         self,
@@ -192,13 +249,13 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     ) -> Causal2VecModelOutput:
         """
         Args:
-            input_ids (`(batch, seq_len)`): Rows for the decoder, with exactly one contextual slot each.
+            input_ids (`(batch, seq_len)`): Rows for the decoder, each with exactly one slot per Contextual token.
             attention_mask (`(batch, past_len + seq_len)`, *optional*): 1 for real tokens; padding on either side.
             encoder_ids (`(batch, encoder_seq_len)`): The texts for the encoder.
             encoder_attention_mask (`(batch, encoder_seq_len)`, *optional*): 1 for real tokens.
             past_key_values (`Cache`, *optional*): Keys and values of what stands before `input_ids`.
-            contextual_token (`(batch, hidden_size)`, *optional*): `get_contextual_token`'s result, computed before;
-                `encoder_ids` are then not read.
+            contextual_token (*optional*): `get_contextual_token`'s result, computed before; `encoder_ids` are then not
+                read.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
             right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
@@ -208,20 +265,21 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             kwargs: Passed on to the decoder.
 
         Raises:
-            ValueError: a row has no slot or several, or neither `encoder_ids` nor `contextual_token` are given.
+            ValueError: a row has not as many slots as it should, or neither `encoder_ids` nor `contextual_token` are
+                given.
         """
         if share_heads:
             if past_key_values is not None or contextual_token is not None or use_cache or output_last_hidden_state:
                 raise ValueError(
                     "With `share_heads`, forward takes whole rows and `encoder_ids`, and gives embeddings."
                 )
-            if encoder_ids is None:
+            if encoder_ids is None and self.encoder is not None:
                 raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
             return Causal2VecModelOutput(
                 self.embed(input_ids, attention_mask, encoder_ids, encoder_attention_mask, **kwargs)
             )
         is_slot = self.find_slots(input_ids)  # (batch, seq_len)
-        if contextual_token is None:
+        if contextual_token is None and self.encoder is not None:
             if encoder_ids is None:
                 raise ValueError("Pass `encoder_ids` (see `model.processor`) or a `contextual_token`.")
             if encoder_attention_mask is None:
@@ -229,8 +287,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token = self.get_contextual_token(encoder_ids, encoder_attention_mask)  # (batch, hidden_size)
 
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (batch, seq_len, hidden_size)
-        contextual_token = contextual_token.to(inputs_embeds).unsqueeze(1)  # (batch, 1, hidden_size)
-        inputs_embeds = torch.where(is_slot.unsqueeze(-1).to(inputs_embeds.device), contextual_token, inputs_embeds)
+        if contextual_token is not None:
+            places = is_slot.unsqueeze(-1).to(inputs_embeds.device)  # (batch, seq_len, 1)
+            inputs_embeds = inputs_embeds.masked_scatter(places, contextual_token.to(inputs_embeds))
 
         seq_len = input_ids.shape[1]
         if attention_mask is None:
@@ -254,11 +313,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             hidden = outputs.last_hidden_state  # (batch, seq_len, hidden_size)
 
         rows = torch.arange(input_ids.shape[0], device=hidden.device)  # (batch,)
-        slots = is_slot.int().argmax(-1).to(hidden.device)  # (batch,)
-        from_the_end = attention_mask[:, -seq_len:].flip(-1).int().argmax(-1).to(hidden.device)  # (batch,)
-        embeddings = torch.cat([hidden[rows, slots], hidden[rows, seq_len - 1 - from_the_end]], dim=-1)
+        slots, ends = (last_true(mask).to(hidden.device) for mask in (is_slot, attention_mask[:, -seq_len:]))
         return Causal2VecModelOutput(
-            embeddings=embeddings,  # (batch, 2 * hidden_size)
+            embeddings=self.pool(hidden[rows, slots], hidden[rows, ends], contextual_token),  # (batch, embedding_size)
             last_hidden_state=hidden if output_last_hidden_state else None,
             past_key_values=outputs.past_key_values if use_cache else None,
         )
@@ -267,13 +324,13 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        encoder_ids: torch.LongTensor,
+        encoder_ids: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         packed: bool | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
-        `forward`'s embeddings `(batch, 2 * hidden_size)`, with every head (what stands before a slot) read only once.
+        `forward`'s embeddings `(batch, embedding_size)`, with every head (what stands before a slot) read only once.
 
         Without gradients and outside training, heads stay in `prefix_cache` for later calls. With gradients, a head that
         several rows share is read once per call. Where neither is possible, `forward` reads whole rows. With `packed`
@@ -282,14 +339,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if encoder_attention_mask is None:
+        if encoder_attention_mask is None and self.encoder is not None:
             encoder_attention_mask = torch.ones_like(encoder_ids)
         if packed is None:
             # Compiled code would be made anew for every new set of lengths.
             compiled = self._compiled_call_impl is not None
             packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
         contextual_token = None
-        if packed:
+        if packed and self.encoder is not None:
             lengths = encoder_attention_mask.sum(-1).tolist()
             groups = groups_of_like_length(lengths)
             tokens = [self.get_contextual_token(*trim(encoder_ids[g], encoder_attention_mask[g])) for g in groups]
@@ -297,16 +354,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token = torch.cat(tokens)[places.argsort()]  # (batch, hidden_size)
         parts, order = [], []
         for rows, inputs in plan_rows(self, input_ids, attention_mask, packed):
-            if packed:
+            if contextual_token is not None:
                 inputs["contextual_token"] = contextual_token[rows]
-            else:
-                inputs["encoder_ids"], inputs["encoder_attention_mask"] = (
-                    encoder_ids[rows],
-                    encoder_attention_mask[rows],
-                )
-            parts.append(self(**inputs, **kwargs).embeddings)  # (rows, 2 * hidden_size)
+            elif self.encoder is not None:
+                inputs["encoder_ids"] = encoder_ids[rows]
+                inputs["encoder_attention_mask"] = encoder_attention_mask[rows]
+            parts.append(self(**inputs, **kwargs).embeddings)  # (rows, embedding_size)
             order.append(rows)
-        return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, 2 * hidden_size)
+        return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, embedding_size)
 
     @property
     def processor(self) -> Causal2VecProcessor:
@@ -357,7 +412,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
             normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
                 cosine.
-            truncate_dim (`int`, *optional*): Keep this many numbers, the first half of them from each of the two states.
+            truncate_dim (`int`, *optional*): Keep this many numbers, the first half of them from each of the two states
+                that an embedding joins.
             convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
             show_progress_bar (`bool`, *optional*): Defaults to a bar on a terminal when it takes more than 5 seconds.
 
@@ -375,8 +431,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
             raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
-        dim = 2 * self.config.hidden_size if truncate_dim is None else truncate_dim
-        self._check_truncate_dim(dim)
+        dim = self.config.embedding_size if truncate_dim is None else truncate_dim
+        check_truncate_dim(dim, self.config.embedding_sizes)
         limit = position_limit(self.decoder)
         if isinstance(max_length, int) and limit is not None and max_length > limit:
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
@@ -407,8 +463,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             for rows, batch in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    vectors = self.embed(**batch, packed=packed).float()  # (rows, 2 * hidden_size)
-                    vectors = truncate_embeddings(vectors, dim)  # (rows, dim)
+                    vectors = self.embed(**batch, packed=packed).float()  # (rows, embedding_size)
+                    vectors = truncate_embeddings(vectors, dim, self.config.embedding_sizes)  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
@@ -432,11 +488,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def encode_document(self, texts: str | Sequence[str], **kwargs):
         """`encode` without an instruction: documents carry none."""
         return self.encode(texts, **kwargs)
-
-    def _check_truncate_dim(self, dim: int) -> None:
-        full = 2 * self.config.hidden_size
-        if not isinstance(dim, int) or dim % 2 or not 0 < dim <= full:
-            raise ValueError(f"`truncate_dim` must be an even integer between 2 and {full}, got {dim!r}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -486,7 +537,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 logger.warning("No tokenizers beside the weights, so `encode` will not work: %s", error)
             else:
                 _check_tokenizers(model, *tokenizers)
-                model.processor = Causal2VecProcessor.from_config(model.config, *tokenizers)
+                model.processor = cls.processor_class.from_config(model.config, *tokenizers)
             try:
                 model._instructions_file = Path(
                     cached_file(pretrained_model_name_or_path, "instructions.json", **hub_kwargs)
@@ -525,7 +576,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
             super().save_pretrained(temporary, **kwargs)
             if self._processor is not None:
-                Causal2VecProcessor.from_config(
+                self.processor_class.from_config(
                     self.config, self._processor.tokenizer, self._processor.encoder_tokenizer
                 ).save_pretrained(temporary)
             write_sentence_transformers_files(temporary, self.config)
@@ -547,7 +598,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     @classmethod
     def from_encoder_decoder_pretrained(
         cls,
-        encoder: str,
+        encoder: str | None,
         decoder: str,
         *,
         dtype: str | torch.dtype | None = None,
@@ -560,7 +611,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         Joins two pretrained backbones into a new model with their tokenizers. The projector is newly initialised.
 
         Args:
-            encoder, decoder (`str`): Local folders or Hub ids.
+            encoder, decoder (`str`): Local folders or Hub ids. The decoder may be an embedding model with last-token
+                pooling (appendix C.3), also one that was saved as an adapter.
             dtype (`str` or `torch.dtype`, *optional*): Of the whole model. Defaults to the decoder's.
             contextual_token (`str`): The token whose place the Contextual token takes. It is added to the decoder's
                 tokenizer, and the embedding matrix grows, unless they have it.
@@ -580,9 +632,11 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise TypeError(f"{cls.config_class.__name__} has no {unknown}; see its documentation for the fields.")
         encoder_kwargs, decoder_kwargs = dict(encoder_kwargs or {}), dict(decoder_kwargs or {})
         tokenizer = AutoTokenizer.from_pretrained(decoder, **_only_hub(decoder_kwargs))
-        encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_only_hub(encoder_kwargs))
         decoder_model = load_backbone(decoder, dtype=dtype or "auto", **decoder_kwargs)
-        encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
+        encoder_tokenizer = encoder_model = None
+        if encoder is not None:
+            encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_only_hub(encoder_kwargs))
+            encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
 
         if contextual_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([contextual_token], special_tokens=True)
@@ -595,20 +649,23 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             ("icl_max_seq_length", decoder_model),
             ("encoder_max_seq_length", encoder_model),
         ):
-            limit = position_limit(backbone)
+            limit = None if backbone is None else position_limit(backbone)
             default = getattr(cls.config_class, name)
             config_kwargs.setdefault(name, default if limit is None else min(default, limit))
 
         config = cls.config_class(
-            encoder_config=encoder_model.config,
+            encoder_config=None if encoder is None else encoder_model.config,
             decoder_config=decoder_model.config,
             contextual_token_id=tokenizer.convert_tokens_to_ids(contextual_token),
             dtype=decoder_model.dtype,
-            **config_kwargs,
+            **{"baseline": cls.baseline, **config_kwargs},
         )
+        if config.has_encoder and encoder is None:
+            raise ValueError(f"{cls.__name__} needs an `encoder`, got None.")
         model = cls(config, encoder=encoder_model, decoder=decoder_model)
-        model.projector.to(decoder_model.dtype)
-        model.processor = Causal2VecProcessor.from_config(config, tokenizer, encoder_tokenizer)
+        if model.projector is not None:
+            model.projector.to(decoder_model.dtype)
+        model.processor = cls.processor_class.from_config(config, tokenizer, encoder_tokenizer)
         return model.eval()
 
 
@@ -629,9 +686,9 @@ def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) ->
     slot = model.config.contextual_token_id
     for tower, found, vocab_size in (
         ("decoder", tokenizer, model.get_input_embeddings().num_embeddings),
-        ("encoder", encoder_tokenizer, model.config.encoder_config.get_text_config().vocab_size),
+        ("encoder", encoder_tokenizer, model.config.get_text_config(encoder=True).vocab_size),
     ):
-        if len(found) > vocab_size:
+        if found is not None and len(found) > vocab_size:
             raise ValueError(
                 f"The {tower}'s tokenizer has {len(found)} tokens, but the {tower} embeds {vocab_size}: it belongs to "
                 "another model. Put the right tokenizer files beside the weights."
@@ -649,12 +706,18 @@ def _only_hub(kwargs: dict) -> dict:
 
 def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
     """
-    `AutoModel.from_pretrained`, for weights that are all there.
+    `AutoModel.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts.
 
     Raises:
         ValueError: tensors are missing; transformers would initialise them anew.
     """
     model, info = AutoModel.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    adapted = [(n, module) for n, module in model.named_modules() if hasattr(module, "base_layer")]
+    for name, module in adapted:
+        module.merge()
+        model.set_submodule(name, module.base_layer)
+    if adapted:
+        model._hf_peft_config_loaded = False  # or `save_pretrained` would look for adapters
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # a pooler is never used
     if missing:
         raise ValueError(
@@ -679,10 +742,33 @@ def position_limit(backbone: PreTrainedModel) -> int | None:
     return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
 
 
-def truncate_embeddings(embeddings: torch.Tensor, dim: int) -> torch.Tensor:
-    """Keeps the first `dim / 2` numbers of each of the two states: `(..., 2 * hidden_size)` -> `(..., dim)`."""
-    contextual, eos = embeddings.chunk(2, dim=-1)  # (..., hidden_size) each
-    return torch.cat([contextual[..., : dim // 2], eos[..., : dim // 2]], dim=-1)
+def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of `(batch, seq_len, hidden_size)` over the positions that a mask `(batch, seq_len)` keeps."""
+    mask = mask.to(states).unsqueeze(-1)  # (batch, seq_len, 1)
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, hidden_size)
+
+
+def last_true(mask: torch.Tensor) -> torch.Tensor:
+    """The last position of each row that a mask `(batch, seq_len)` keeps: `(batch,)`."""
+    return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
+
+
+def check_truncate_dim(dim: int, sizes: Sequence[int]) -> None:
+    """Raises ValueError unless embeddings that join vectors of these sizes can be cut to `dim` numbers."""
+    parts, full = len(sizes), sum(sizes)
+    if not isinstance(dim, int) or not 0 < dim <= full or (dim % parts and dim != full):
+        kind = "an integer between 1" if parts == 1 else "an even integer between 2"
+        raise ValueError(f"`truncate_dim` must be {kind} and {full}, got {dim!r}.")
+
+
+def truncate_embeddings(embeddings: torch.Tensor, dim: int, sizes: Sequence[int] | None = None) -> torch.Tensor:
+    """
+    Keeps the first `dim` numbers of `(..., embedding_size)`, from each of the vectors of `sizes` that an embedding joins
+    (default: two of one size) as many as its share.
+    """
+    sizes = sizes or [embeddings.shape[-1] // 2] * 2
+    first = dim * sizes[0] // sum(sizes)  # all of `dim` where there is one vector
+    return torch.cat([embeddings[..., :first], embeddings[..., sizes[0] : sizes[0] + dim - first]], dim=-1)
 
 
 Causal2VecConfig.register_for_auto_class()

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 # The code that a vector comes from.
 CODE = (
+    "baselines.py",
     "configuration_causal2vec.py",
     "modeling_causal2vec.py",
     "packing.py",
@@ -136,7 +137,7 @@ class Causal2VecBackend:
 
     def __init__(self, model, max_length: int | None = None, normalize: bool = True):
         self.model, self.max_length, self.normalize = model, max_length, normalize
-        self.dim = 2 * model.config.hidden_size
+        self.dim = model.config.embedding_size
         self.max_tokens = max_length or model.config.max_seq_length
 
     def encode(self, texts: list[str], instruction: str | None, examples: list[dict] | None, batch_size: int, side):
@@ -155,14 +156,7 @@ class Causal2VecBackend:
 
     def fit(self, instruction: str | None, examples: list[dict] | None) -> list[dict] | None:
         """As many of the examples as leave a quarter of the longest sequence, at most 512 tokens, to the text."""
-        if not examples:
-            return None
-        limit = self.max_length or self.model.config.icl_max_seq_length
-        room = min(512, limit // 4)
-        count = len(examples)
-        while count and len(self.model.processor.encode_head(instruction, examples[:count])) > limit - room:
-            count -= 1
-        return examples[:count] or None
+        return self.model.processor.fit_examples(instruction, examples or [], self.max_length) or None
 
     def describe(self, text: str, instruction: str | None, examples: list[dict] | None) -> dict[str, str]:
         """The rows of one text as strings."""
@@ -182,11 +176,11 @@ class LastTokenBackend(Causal2VecBackend):
 
     def rows(self, texts: list[str], instruction: str | None, examples: list[dict] | None):
         rows = super().rows(texts, instruction, examples)
-        is_text = ~self.model.find_slots(rows["input_ids"])  # all but one of each row
+        is_text = ~self.model.find_slots(rows["input_ids"])  # of each row all but the slots
         for key in ("encoder_ids", "encoder_attention_mask"):
-            del rows[key]
+            rows.pop(key, None)
         for key in ("input_ids", "attention_mask"):
-            rows[key] = rows[key][is_text].view(len(texts), -1)  # (batch, seq_len - 1)
+            rows[key] = rows[key][is_text].view(len(texts), -1)  # (batch, seq_len - num_slots)
         return rows
 
     def encode(self, texts: list[str], instruction: str | None, examples: list[dict] | None, batch_size: int, side):
@@ -535,9 +529,9 @@ def load_backend(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     if location.is_causal2vec:
-        from modeling_causal2vec import Causal2VecModel
+        from baselines import load_model
 
-        model = Causal2VecModel.from_pretrained(location.path, revision=location.commit or "main", **kwargs)
+        model = load_model(location.path, revision=location.commit or "main", **kwargs)
         backend = LastTokenBackend if pooling == "last_token" else Causal2VecBackend
         return backend(model.to(device).eval(), max_length, normalize)
     from sentence_transformers import SentenceTransformer

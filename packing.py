@@ -65,13 +65,15 @@ def sorted_batches(
         )
         counted = tensors["attention_mask"]  # (texts, seq_len)
         if not count_heads:
-            counted = counted * (tensors["input_ids"] == processor.contextual_token_id).cumsum(-1)
+            slots_so_far = (tensors["input_ids"] == processor.contextual_token_id).cumsum(-1)  # (texts, seq_len)
+            counted = counted * (slots_so_far >= min(1, processor.num_slots))  # rows without slot have no such head
         lengths = counted.sum(-1).tolist()
         keys = [(groups.get(instructions[i], -1), -length) for i, length in zip(window, lengths)]
         for places in cut(sorted(range(len(window)), key=keys.__getitem__), lengths, batch_size, max_tokens):
             batch = {}
             for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
-                batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
+                if ids in tensors:
+                    batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
             yield [window[place] for place in places], batch
 
 

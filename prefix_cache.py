@@ -229,6 +229,21 @@ def is_causal(decoder: PreTrainedModel) -> bool:
     return bool(flags) and all(flags) and getattr(config, "is_causal", True) is not False and not bidirectional
 
 
+def look_both_ways(decoder: PreTrainedModel) -> None:
+    """
+    Makes a decoder's attention bidirectional (appendix C.6). Masks are made by the configuration; kernels that get none,
+    because there is no padding, go by the modules.
+
+    Raises:
+        ValueError: no part of the decoder says that it is causal, so none would say that it no longer is.
+    """
+    attentions = [module for module in decoder.modules() if hasattr(module, "is_causal")]
+    if not attentions:
+        raise ValueError(f"`bidirectional` is not possible for {type(decoder).__name__}: its attention has no switch.")
+    for part in (decoder.config.get_text_config(), *attentions):
+        part.is_causal = False
+
+
 def _rope_parameters(config) -> list[dict]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]  # one per kind of layer

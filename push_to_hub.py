@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from configuration_causal2vec import Causal2VecConfig
 from saving_utils import SHIPPED_CODE, code_hashes
 
 
@@ -50,7 +51,7 @@ import torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, use_safetensors=True, dtype="auto")
 vectors = model.encode(["a text", ""], instruction="an instruction", convert_to_tensor=True)
-assert vectors.shape == (2, 2 * model.config.hidden_size) and torch.isfinite(vectors).all(), vectors
+assert vectors.shape == (2, model.config.embedding_size) and torch.isfinite(vectors).all(), vectors
 """
 
 
@@ -72,6 +73,9 @@ def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]
     """Everything about the files that would hurt those who pull them."""
     is_adapter = Path("adapter_config.json") in files and Path("model.safetensors") not in files
     required = REQUIRED_OF_ADAPTER if is_adapter else REQUIRED
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if Path("config.json") in files else {}
+    if config.get("baseline") is not None and config.get("encoder_config") is None:
+        required = [name for name in required if not name.startswith("encoder_tokenizer/")]
     missing = [name for name in required if Path(name) not in files]
     if missing:
         yield f"missing: {', '.join(missing)}. Save the folder again with `model.save_pretrained`."
@@ -179,12 +183,21 @@ def card_problems(folder: Path, is_adapter: bool) -> Iterator[str]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         instruction = config.get("query_instruction")
         expected["the instruction of queries"] = (instruction or "instruction") in text
-        expected[f"the embedding's size ({2 * config['hidden_size']})"] = str(2 * config["hidden_size"]) in text
+        size = embedding_size(config)
+        expected[f"the embedding's size ({size})"] = size is None or str(size) in text
         for name, digest in code_hashes(folder).items():
             expected[f"the SHA-256 of {name} ({digest})"] = digest in text
     absent = [what for what, found in expected.items() if not found]
     if absent:
         yield f"README.md does not say {'; '.join(absent)}. `python card.py FOLDER` writes a complete card of a run."
+
+
+def embedding_size(config: dict) -> int | None:
+    """How many numbers an embedding has; `None` for a configuration that cannot be, of which loading tells more."""
+    try:
+        return Causal2VecConfig.from_dict(config).embedding_size
+    except (TypeError, ValueError):
+        return None
 
 
 def load_problem(folder: Path) -> str | None:

@@ -17,8 +17,10 @@ except ImportError:  # imported from a clone, where these files are top-level mo
     from configuration_causal2vec import is_hub_id
 
 
-# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
+# Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
+# the models of the baselines, from which that module chooses.
 SHIPPED_CODE = (
+    "baselines.py",
     "configuration_causal2vec.py",
     "modeling_causal2vec.py",
     "packing.py",
@@ -44,9 +46,8 @@ tags:
 
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {encoder} reads the text and gives one Contextual
-token, which {decoder} reads with the text. {dim} numbers per text, compared by cosine. It needs `torch` and
-`transformers` (5.17 or newer).
+A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per
+text, compared by cosine. It needs `torch` and `transformers` (5.17 or newer).
 
 ```python
 from transformers import AutoModel
@@ -94,14 +95,17 @@ def write_sentence_transformers_files(folder: str | Path, config) -> None:
 
 def write_plain_card(folder: str | Path, config) -> None:
     """Writes a model card that says what the configuration and the code say, and nothing about training."""
-    parts = (config, config.encoder_config, config.decoder_config)
+    parts = tuple(filter(None, (config, config.encoder_config, config.decoder_config)))
     bases = [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]
     text = _CARD.format(
         name=config.name_or_path.rsplit("/", 1)[-1] if is_hub_id(config.name_or_path) else "Causal2Vec",
         base_model="".join(["base_model:\n", *(f"- {base}\n" for base in dict.fromkeys(bases))]) if bases else "",
-        encoder=f"an encoder of type `{config.encoder_config.model_type}`",
-        decoder=f"a decoder of type `{config.decoder_config.model_type}`",
-        dim=2 * config.hidden_size,
+        works=in_words(
+            config,
+            config.encoder_config and f"an encoder of type `{config.encoder_config.model_type}`",
+            f"a decoder of type `{config.decoder_config.model_type}`",
+        ),
+        dim=config.embedding_size,
         instruction=config.query_instruction or "Given a question, retrieve passages that answer it",
         max_seq_length=config.max_seq_length,
         icl_max_seq_length=config.icl_max_seq_length,
@@ -109,6 +113,24 @@ def write_plain_card(folder: str | Path, config) -> None:
         hashes=code_table(folder),
     )
     Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+def in_words(config, encoder: str | None, decoder: str) -> str:
+    """What a model of this configuration does, as a clause for its card, with names for its two backbones."""
+    tokens = config.num_contextual_tokens
+    clause = {
+        None: f"{encoder} reads the text and gives {'one Contextual token' if tokens == 1 else f'{tokens} Contextual tokens'},"
+        f" which {decoder} reads with the text",
+        "last_token": f"a baseline, in which {decoder} reads the text alone and EOS's state is the embedding",
+        "embedding_concat": f"a baseline, in which EOS's state of {decoder} and the mean of {encoder} are concatenated",
+        "token_prepending": f"a baseline, in which each layer of {decoder} reads the EOS state of the one before it ahead "
+        "of the text",
+    }[config.baseline]
+    fields = ("pooling", "contextual_position", "bidirectional")
+    changed = [
+        f"`{name}={value!r}`" for name in fields if (value := getattr(config, name)) != getattr(type(config), name)
+    ]
+    return clause + (f", with {' and '.join(changed)}" if changed else "")
 
 
 def code_table(folder: str | Path) -> str:

@@ -20,22 +20,26 @@ except ImportError as error:
     raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
 
 try:
-    from .modeling_causal2vec import Causal2VecModel, truncate_embeddings
+    from .baselines import load_model
+    from .modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:  # imported from a clone, where these files are top-level modules
-    from modeling_causal2vec import Causal2VecModel, truncate_embeddings
+    from baselines import load_model
+    from modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
     from tokenization_utils import Causal2VecProcessor
 
 
 class TwoStates(torch.Tensor):
     """
-    Embeddings `(..., 2 * hidden_size)` whose prefix `[..., :dim]` is what `encode` calls `truncate_dim`: the first half
-    of `dim` from each of the two states, scaled to length 1 if `normalize` is set. sentence-transformers cuts that way in
-    `encode` and in MatryoshkaLoss. Whatever else is done with it gives a plain tensor.
+    Embeddings `(..., embedding_size)` whose prefix `[..., :dim]` is what `encode` calls `truncate_dim`: the first half
+    of `dim` from each of the two states (which have these `sizes`; of one state, its first `dim`), scaled to length 1 if
+    `normalize` is set. sentence-transformers cuts that way in `encode` and in MatryoshkaLoss. Whatever else is done with
+    it gives a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     normalize: bool
+    sizes: tuple[int, ...]
 
     def __getitem__(self, key):
         plain = self.as_subclass(torch.Tensor)
@@ -51,9 +55,8 @@ class TwoStates(torch.Tensor):
         if not is_prefix or key[1].stop >= plain.shape[-1]:
             return plain[key]
         dim = key[1].stop
-        if dim < 2 or dim % 2:
-            raise ValueError(f"`truncate_dim` must be an even integer between 2 and {plain.shape[-1]}, got {dim}.")
-        truncated = truncate_embeddings(plain, dim)
+        check_truncate_dim(dim, self.sizes)
+        truncated = truncate_embeddings(plain, dim, self.sizes)
         return nn.functional.normalize(truncated, dim=-1) if self.normalize else truncated
 
 
@@ -79,13 +82,14 @@ class Causal2VecSTModule(InputModule):
         return dict(self.model.processor(inputs, instruction=prompt or None, examples=examples))
 
     def forward(self, features: dict, **kwargs) -> dict:
-        """Adds `sentence_embedding` of shape `(batch, 2 * hidden_size)`, in float32."""
+        """Adds `sentence_embedding` of shape `(batch, embedding_size)`, in float32."""
         tensors = {name: features[name] for name in self.model.processor.model_input_names}
         embeddings = self.model(**tensors, share_heads=not self.training).embeddings.float()
         if self.normalize:
             embeddings = nn.functional.normalize(embeddings, dim=-1)
         features["sentence_embedding"] = embeddings.as_subclass(TwoStates)
         features["sentence_embedding"].normalize = self.normalize
+        features["sentence_embedding"].sizes = self.model.config.embedding_sizes
         return features
 
     @property
@@ -109,7 +113,7 @@ class Causal2VecSTModule(InputModule):
         self.model.config.max_seq_length = self.model.processor.max_seq_length = value
 
     def get_embedding_dimension(self) -> int:
-        return 2 * self.model.config.hidden_size
+        return self.model.config.embedding_size
 
     def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
         """Saves the whole model, as `Causal2VecModel.save_pretrained` does. Weights are always safetensors."""
@@ -152,9 +156,7 @@ class Causal2VecSTModule(InputModule):
                 raise ValueError(f"`{name}` is not read, got {value!r}: the layout of a row belongs to the checkpoint.")
         where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
         settings = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
-        model = Causal2VecModel.from_pretrained(
-            model_name_or_path, cache_dir=cache_folder, **where, **(model_kwargs or {})
-        )
+        model = load_model(model_name_or_path, cache_dir=cache_folder, **where, **(model_kwargs or {}))
         return cls(model, **settings)
 
 

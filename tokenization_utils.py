@@ -7,7 +7,8 @@ The encoder reads the text alone. The decoder reads
 where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
 *ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
 the slot stands exactly once, nothing in a text or an instruction is read as a control token, and all rows of a task are
-the same up to the slot.
+the same up to the slot. Of the paper's ablations, several Contextual tokens have as many slots next to each other, and
+before the instruction means `[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,11 @@ class Causal2VecProcessor(ProcessorMixin):
         max_seq_length: int = 512,
         icl_max_seq_length: int = 2048,
         encoder_max_seq_length: int = 512,
+        contextual_position: str = "after_instruction",
+        num_slots: int = 1,
     ):
         super().__init__(tokenizer, encoder_tokenizer)
+        self.encoder_tokenizer = encoder_tokenizer  # also where a processor without encoder does not have it
         self.contextual_token_id = contextual_token_id
         self.prompt_head = prompt_head
         self.prompt_tail = prompt_tail
@@ -49,9 +53,11 @@ class Causal2VecProcessor(ProcessorMixin):
         self.max_seq_length = max_seq_length
         self.icl_max_seq_length = icl_max_seq_length
         self.encoder_max_seq_length = encoder_max_seq_length
+        self.contextual_position = contextual_position
+        self.num_slots = num_slots
 
         for owner, its_tokenizer in (("decoder", tokenizer), ("encoder", encoder_tokenizer)):
-            if len(its_tokenizer) <= len(its_tokenizer.all_special_tokens):
+            if its_tokenizer is not None and len(its_tokenizer) <= len(its_tokenizer.all_special_tokens):
                 raise ValueError(
                     f"The {owner}'s tokenizer has no vocabulary. Are its files beside the {owner}'s weights?"
                 )
@@ -81,8 +87,8 @@ class Causal2VecProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config, tokenizer, encoder_tokenizer) -> "Causal2VecProcessor":
         """The processor of a model with this [`Causal2VecConfig`]."""
-        settings = {name: getattr(config, name) for name in PROCESSOR_SETTINGS}
-        return cls(tokenizer, encoder_tokenizer, **settings)
+        tokenizers = (tokenizer,) if encoder_tokenizer is None else (tokenizer, encoder_tokenizer)
+        return cls(*tokenizers, **{name: getattr(config, name) for name in PROCESSOR_SETTINGS})
 
     def __call__(
         self,
@@ -105,7 +111,7 @@ class Causal2VecProcessor(ProcessorMixin):
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
-            `encoder_attention_mask` (batch, encoder_seq_len) for the encoder, padded to the longest row.
+            `encoder_attention_mask` (batch, encoder_seq_len) for the encoder if there is one, padded to the longest row.
 
         Raises:
             TypeError: something that should be a string is not, or `max_length` is no integer.
@@ -121,50 +127,67 @@ class Causal2VecProcessor(ProcessorMixin):
         if examples and isinstance(examples, (list, tuple)) and isinstance(examples[0], (list, tuple)):
             if len(examples) != len(texts):
                 raise ValueError(f"Expected examples for all texts or {len(texts)} lists, got {len(examples)} lists.")
-            heads = [self.encode_head(*arguments) for arguments in zip(instructions, examples)]
+            heads = [self._encode_parts(*arguments) for arguments in zip(instructions, examples)]
         else:
-            shared = {instruction: self.encode_head(instruction, examples) for instruction in set(instructions)}
+            shared = {instruction: self._encode_parts(instruction, examples) for instruction in set(instructions)}
             heads = [shared[instruction] for instruction in instructions]
         text_ids = self._encode_plain(self.tokenizer, texts)
-        rows = [self._build_row(head_ids, ids, max_length) for head_ids, ids in zip(heads, text_ids)]
-        input_ids, attention_mask = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
-        encoder_ids, encoder_attention_mask = self._encode_for_encoder(texts)
-        data = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "encoder_ids": encoder_ids,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+        rows = [self._build_row(*head, ids, max_length) for head, ids in zip(heads, text_ids)]
+        arrays = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
+        if self.encoder_tokenizer is not None:
+            arrays += self._encode_for_encoder(texts)
+        return BatchFeature(dict(zip(self.model_input_names, arrays)), tensor_type=return_tensors)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As everywhere in transformers."""
-        self.encoder_tokenizer("")  # or its file would hold the truncation of the last call
+        if self.encoder_tokenizer is not None:
+            self.encoder_tokenizer("")  # or its file would hold the truncation of the last call
         return super().save_pretrained(save_directory, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
+        names = ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
+        return names if self.encoder_tokenizer is not None else names[:2]
 
     def encode_head(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
-        """Ids of everything before the slot. The same for every text of a task."""
+        """Ids of everything before the text but the slot. The same for every text of a task."""
+        before, behind = self._encode_parts(instruction, examples)
+        return before + behind
+
+    def fit_examples(
+        self, instruction: str | None, examples: Sequence[dict], max_length: int | None = None
+    ) -> Sequence[dict]:
+        """The first of the examples, as many as leave a quarter of a row, at most 512 tokens, to the text."""
+        limit = max_length or self.icl_max_seq_length
+        room = min(512, limit // 4)
+        while examples and len(self.encode_head(instruction, examples)) > limit - room:
+            examples = examples[:-1]
+        return examples
+
+    def _encode_parts(self, instruction: str | None, examples: Sequence[dict] | None) -> tuple[list[int], list[int]]:
+        """Ids before the slot, and ids between the slot and the text."""
         user_part = _clean(format_examples(examples, instruction) + (instruction or ""))
+        if self.contextual_position == "before_instruction":
+            behind = self._encode_plain(self.tokenizer, [user_part])[0]
+            return self._bos_ids + self._encode_trusted(self.prompt_head), behind
         head = self.prompt_head + user_part
         if any(head.count(token) != self.prompt_head.count(token) for token in self._control_tokens):
             head_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
         else:
             head_ids = self._encode_trusted(head)
-        return self._bos_ids + head_ids
+        return self._bos_ids + head_ids, []
 
-    def _build_row(self, head_ids: list[int], text_ids: list[int], max_length: int) -> list[int]:
-        room = max_length - len(head_ids) - len(self._tail_ids) - 2  # 2: slot and EOS
+    def _build_row(self, before: list[int], behind: list[int], text_ids: list[int], max_length: int) -> list[int]:
+        head = [*before, *[self.contextual_token_id] * self.num_slots, *behind]
+        tail = [*self._tail_ids, self.tokenizer.eos_token_id]
+        room = max_length - len(head) - len(tail)
         if room < 1:
             raise ValueError(
                 f"max_length={max_length} leaves no room for text: the head (template, examples, instruction) has "
-                f"{len(head_ids)} tokens, the tail {len(self._tail_ids)}, the Contextual token and EOS 2. Use at least "
-                f"max_length={max_length - room + 1}, or a shorter head."
+                f"{len(before + behind)} tokens, the tail {len(self._tail_ids)}, the Contextual token and EOS "
+                f"{self.num_slots + 1}. Use at least max_length={max_length - room + 1}, or a shorter head."
             )
-        return [*head_ids, self.contextual_token_id, *text_ids[:room], *self._tail_ids, self.tokenizer.eos_token_id]
+        return head + text_ids[:room] + tail
 
     def _encode_for_encoder(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
         if not texts:
@@ -199,6 +222,8 @@ PROCESSOR_SETTINGS = (
     "max_seq_length",
     "icl_max_seq_length",
     "encoder_max_seq_length",
+    "contextual_position",
+    "num_slots",
 )
 
 
@@ -208,19 +233,20 @@ def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder
     remote code is asked for.
 
     Returns:
-        The decoder's tokenizer and the encoder's.
+        The decoder's tokenizer and the encoder's, which is `None` where there is no `encoder_config`.
 
     Raises:
         OSError: one of them is not there. `AutoTokenizer` alone would make up an empty one.
     """
-    encoder_subfolder = f"{subfolder}/encoder_tokenizer".lstrip("/")
-    for folder in (subfolder, encoder_subfolder):
-        cached_file(folder_or_id, "tokenizer_config.json", subfolder=folder, **hub_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=decoder_config, subfolder=subfolder, **hub_kwargs)
-    encoder_tokenizer = AutoTokenizer.from_pretrained(
-        folder_or_id, config=encoder_config, subfolder=encoder_subfolder, **hub_kwargs
-    )
-    return tokenizer, encoder_tokenizer
+    tokenizers = []
+    for config, folder in ((decoder_config, ""), (encoder_config, "encoder_tokenizer")):
+        if config is None:
+            tokenizers.append(None)
+            continue
+        where = {"subfolder": f"{subfolder}/{folder}".strip("/"), **hub_kwargs}
+        cached_file(folder_or_id, "tokenizer_config.json", **where)
+        tokenizers.append(AutoTokenizer.from_pretrained(folder_or_id, config=config, **where))
+    return tuple(tokenizers)
 
 
 def format_examples(examples: Sequence[dict] | None, instruction: str | None) -> str:

@@ -30,7 +30,9 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+import baselines
 from card import without_machine_paths, write_card
+from configuration_causal2vec import WITHOUT_ENCODER
 from data import (
     Collator,
     SingleDatasetBatchSampler,
@@ -90,7 +92,31 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Without --model: start the projector as this multiple of the identity, so that the Contextual "
-            "token's state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder."
+            "token's state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder. "
+            "Without effect where there is no projector."
+        },
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What an embedding is made of: concat (default), average, eos, eos_encoder. Without --model."
+        },
+    )
+    contextual_position: str | None = field(
+        default=None, metadata={"help": "after_instruction (default) or before_instruction. Without --model."}
+    )
+    num_contextual_tokens: int | None = field(
+        default=None, metadata={"help": "Contextual tokens; several by cross-attention. Default: 1. Without --model."}
+    )
+    bidirectional: bool = field(
+        default=False, metadata={"help": "Let the decoder's attention look both ways. Without --model."}
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train one of the paper's baselines instead: last_token, embedding_concat, token_prepending. Without "
+            "--model. Where it has no encoder, --encoder is not read.",
+            "choices": [name for name in baselines.MODELS if name],
         },
     )
 
@@ -215,8 +241,8 @@ class Causal2VecTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         eval_frozen_towers(self.model)
         share = self.args.share_heads
-        queries = model(**inputs["queries"], share_heads=share).embeddings  # (batch, 2 * hidden_size)
-        documents = model(**inputs["documents"], share_heads=share).embeddings  # (batch + negatives, 2 * hidden_size)
+        queries = model(**inputs["queries"], share_heads=share).embeddings  # (batch, dim)
+        documents = model(**inputs["documents"], share_heads=share).embeddings  # (batch + negatives, dim)
         loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
         self._check_finite(loss, inputs)
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
@@ -278,7 +304,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 def eval_frozen_towers(model) -> None:
     """Switches dropout off where nothing is trained: a frozen encoder gives the vectors it will give later."""
-    for tower in (model.encoder, model.decoder):  # a PeftModel passes these on
+    for tower in filter(None, (model.encoder, model.decoder)):  # a PeftModel passes these on
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()
 
@@ -288,23 +314,29 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     The model to train, all weights in `args.dtype`.
 
     Raises:
-        ValueError: neither a model nor both backbones are named, or both are.
+        ValueError: neither a model nor both backbones are named, or both are; or a model is to change what it is.
     """
-    if (args.model is None) == (args.encoder is None or args.decoder is None):
+    has_encoder = args.baseline not in WITHOUT_ENCODER
+    encoder = args.encoder if has_encoder else None
+    if (args.model is None) == (args.decoder is None or (has_encoder and encoder is None)):
         raise ValueError("Give either --model, or both --encoder and --decoder.")
+    variant = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
+    changed = [name for name in (*variant, "baseline") if getattr(args, name) not in (None, False)]
+    if args.model is not None and changed:
+        raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
-        return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
-    names = ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
+        return baselines.load_model(args.model, dtype=args.dtype, **attention)
+    names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.projector_identity is not None:
-        encoder_config = AutoConfig.from_pretrained(args.encoder)
+    if args.projector_identity is not None and encoder is not None:
+        encoder_config = AutoConfig.from_pretrained(encoder)
         settings["projector_hidden_size"] = 2 * encoder_config.get_text_config().hidden_size
-    model = Causal2VecModel.from_encoder_decoder_pretrained(
-        args.encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
+    model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
+        encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
     )
-    if args.projector_identity is not None:
+    if args.projector_identity is not None and model.projector is not None:
         start_projector_as_identity(model.projector, args.projector_identity)
     return model
 
@@ -312,7 +344,8 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
 @torch.no_grad()
 def start_projector_as_identity(projector, scale: float) -> None:
     """
-    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x.
+    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x. Learnable queries, where
+    it has them, start out close to the mean of what they attend to.
 
     Raises:
         ValueError: the decoder is narrower than the encoder, or the activation is not GELU.
@@ -326,6 +359,9 @@ def start_projector_as_identity(projector, scale: float) -> None:
     identity = torch.eye(width, size)  # (width, size)
     projector.linear_1.weight.copy_(torch.cat([torch.eye(size), -torch.eye(size)]))  # (2 * size, size)
     projector.linear_2.weight.copy_(scale * torch.cat([identity, -identity], dim=1))  # (width, 2 * size)
+    if projector.queries is not None:
+        attention = projector.queries.attention
+        attention.in_proj_weight[-size:] = attention.out_proj.weight.copy_(torch.eye(size))  # values as they are
     for linear in (projector.linear_1, projector.linear_2):
         if linear.bias is not None:
             linear.bias.zero_()
@@ -339,9 +375,11 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
         The model, or a PeftModel around it.
 
     Raises:
-        ValueError: one tower is to be trained with LoRA and the other in full.
+        ValueError: one tower is to be trained with LoRA and the other in full, or an encoder that is not there.
     """
     towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
+    if model.encoder is None and towers.pop("encoder") != "frozen":
+        raise ValueError(f"--train_encoder must be frozen: the baseline {model.baseline!r} has no encoder.")
     if set(towers.values()) >= {"lora", "full"}:
         raise ValueError("LoRA on one tower and full training of the other cannot be combined; choose one for both.")
     if "lora" in towers.values():
@@ -353,7 +391,7 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules="|".join(targets),
-            modules_to_save=["projector"],
+            modules_to_save=None if model.projector is None else ["projector"],
         )
         model = get_peft_model(model, config)
     else:
@@ -418,6 +456,7 @@ def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch:
     """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
     tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("queries", "documents"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = {name: part for name in ("encoder", "projector", "decoder") if (part := getattr(model, name)) is not None}
     counted = isinstance(batches, SingleDatasetBatchSampler)
     plan = {"datasets": []}
     for index, spec in enumerate(batches.data.specs):
@@ -434,13 +473,9 @@ def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch:
         "steps": batches.num_global_batches,
         "steps_per_epoch": batches.global_batches_per_epoch if counted else None,
         "trainable_parameters": {
-            tower: sum(p.numel() for p in getattr(model, tower).parameters() if p.requires_grad)
-            for tower in ("encoder", "projector", "decoder")
+            name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()
         },
-        "parameters": {
-            tower: sum(p.numel() for p in getattr(model, tower).parameters())
-            for tower in ("encoder", "projector", "decoder")
-        },
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         "estimated_decoder_tokens": tokens * batches.num_global_batches * batches.micro_batches,
         # weights, and for what is trained also a gradient and AdamW's two moments
         "estimated_gigabytes_without_activations": round(
@@ -453,11 +488,11 @@ def show_batch(processor, batch: dict, rows: int = 2) -> str:
     """The first rows of a collated batch, decoded back to text."""
     lines = [f"dataset {batch['dataset']}, rows {batch['rows'][:rows]} ..."]
     for side in ("queries", "documents"):
-        for ids, mask, encoder_ids, encoder_mask in zip(
-            *(batch[side][name][:rows] for name in processor.model_input_names)
-        ):
-            lines.append(f"{side} decoder: {processor.tokenizer.decode(ids[mask.bool()])}")
-            lines.append(f"{side} encoder: {processor.encoder_tokenizer.decode(encoder_ids[encoder_mask.bool()])}")
+        for row in zip(*(batch[side][name][:rows] for name in processor.model_input_names)):
+            for reader, tokenizer, ids, mask in zip(
+                ("decoder", "encoder"), (processor.tokenizer, processor.encoder_tokenizer), row[::2], row[1::2]
+            ):
+                lines.append(f"{side} {reader}: {tokenizer.decode(ids[mask.bool()])}")
     return "\n".join(lines)
 
 
@@ -559,7 +594,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
-        loss=InfoNCE(args.temperature, args.matryoshka_dims),
+        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_sizes),
         sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,

@@ -23,10 +23,13 @@ sys.path.insert(0, str(ROOT))
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
 
 
-def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
+def cut(vectors: np.ndarray, dim: int, sizes: tuple[int, ...] | None = None) -> np.ndarray:
     """`truncate_dim`: the first half of `dim` from each of the two states, scaled to length 1."""
-    contextual, eos = np.split(vectors, 2, axis=1)  # (texts, hidden_size) each
-    vectors = np.concatenate([contextual[:, : dim // 2], eos[:, : dim // 2]], axis=1)  # (texts, dim)
+    import torch
+
+    from modeling_causal2vec import truncate_embeddings
+
+    vectors = truncate_embeddings(torch.from_numpy(vectors), dim, sizes).numpy()  # (texts, dim)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -89,12 +92,12 @@ def score(pack, first: np.ndarray, second: np.ndarray) -> float:
 
 def measure(args: argparse.Namespace) -> dict:
     """Scores of all variants on all packs."""
+    from baselines import load_model
     from dev import STSDev, load_pack
-    from modeling_causal2vec import Causal2VecModel
 
-    model = Causal2VecModel.from_pretrained(args.model)
+    model = load_model(args.model)
     instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
-    full = 2 * model.config.hidden_size
+    full = model.config.embedding_size
     dims = [dim for dim in (full, full // 2, full // 4, full // 8) if dim % 16 == 0]
     rows = [{"dim": d, "precision": p, "bytes": d * bits / 8, "scores": {}} for d in dims for p, bits in BITS.items()]
     documents = {}
@@ -103,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict:
         documents[name] = shorten(pack, args.max_documents)
         vectors = sides(model, pack, args.batch_size)
         for row in rows:
-            first, second = (cut(side, row["dim"]) for side in vectors)
+            first, second = (cut(side, row["dim"], model.config.embedding_sizes) for side in vectors)
             known = np.concatenate([first, second]) if isinstance(pack, STSDev) else second
             ranges = np.stack([known.min(0), known.max(0)])
             first, second = (store(side, row["precision"], ranges) for side in (first, second))

@@ -288,3 +288,16 @@ def test_a_stream_stops_where_it_must(tmp_path):
         list(StreamedBatches(data, batch_size=1, num_global_batches=2))
     with pytest.raises(FileNotFoundError, match="no file"):
         stream_rows(DatasetSpec("x", "x.jsonl", ["find"]), str(tmp_path))
+
+
+def test_examples_that_leave_no_room_are_left_out(tiny_model):
+    row = {"query": "a question", "positive": "a long answer " * 20, "negatives": []}
+    rows = [{**row, "query": f"question {i}", "positive": f"{row['positive']} {i}"} for i in range(20)]
+    data = TrainingData([DatasetSpec("a", "a", ["find"])], [rows], max_examples=5)
+    batch = [data[key] for key in SingleDatasetBatchSampler(data, 8).epoch(0)[0]]
+    assert max(len(e.examples) for e in batch) > 2
+    limit = tiny_model.processor.icl_max_seq_length
+    assert len(tiny_model.processor.encode_head("find", batch[0].examples[:1] or batch[1].examples[:1])) < limit
+    queries = Collator(tiny_model.processor)(batch)["queries"]
+    assert queries["input_ids"].shape[1] <= limit
+    assert (queries["input_ids"] == tiny_model.config.contextual_token_id).sum() == len(batch)

@@ -432,3 +432,70 @@ def test_the_papers_recipes(name, steps, batch, alpha, encoder):
         "max_seq_length": 512, "encoder": "intfloat/e5-base-v2",
     }  # fmt: skip
     assert {key: recipe[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--pooling", "average", "--matryoshka_dims", 7),
+        ("--pooling", "eos_encoder", "--contextual_position", "before_instruction"),
+        ("--num_contextual_tokens", 2, "--projector_identity", 3.0, "--train_encoder", "lora"),
+        ("--bidirectional", "--pooling", "eos", "--gradient_checkpointing", "true"),
+        ("--baseline", "last_token", "--projector_identity", 3.0),
+        ("--baseline", "embedding_concat", "--train_encoder", "lora", "--matryoshka_dims", 20),
+        ("--baseline", "token_prepending", "--gradcache", "--gradient_accumulation_steps", 2),
+        ("--baseline", "token_prepending", "--train_decoder", "full", "--gradient_checkpointing", "true"),
+    ],
+    ids=lambda flags: " ".join(map(str, flags[:2])),
+)
+def test_variants_train_like_the_default(run, tmp_path, flags):
+    from peft import PeftModel
+
+    from baselines import load_model
+
+    folder = run("--max_steps", 2, "--max_examples", 2, "--dev_rows", 10, "--eval_strategy", "steps", *flags)
+    assert len(losses(folder.parent)) == 2
+    trained = load_model(folder)
+    for name, value in zip(flags, flags[1:]):
+        if hasattr(trained.config, str(name)[2:]):
+            assert getattr(trained.config, name[2:]) == (True if name == "--bidirectional" else value)
+    after = trained.encode(TEXTS, instruction="find")
+    if "full" not in flags:
+        base = load_model(tmp_path / "run" / "base")
+        assert abs(base.encode(TEXTS, instruction="find") - after).max() > 1e-3
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+        assert abs(adapted.encode(TEXTS, instruction="find") - after).max() < 1e-5
+    facts = json.loads((folder / "training.json").read_text())
+    assert all(count > 0 for count in facts["plan"]["parameters"].values())
+    assert ("encoder" in facts["plan"]["parameters"]) == trained.config.has_encoder
+    card = (folder / "README.md").read_text()
+    assert f"{trained.config.embedding_size} numbers" in card and ("a baseline" in card) == ("--baseline" in flags)
+
+
+def test_queries_that_start_as_the_mean(backbone_dir):
+    args = train.ModelArguments(
+        encoder=backbone_dir("bert"), decoder=backbone_dir("llama"), projector_identity=3.0, num_contextual_tokens=2
+    )
+    model = train.load_model(args)
+    batch = model.processor(TEXTS)
+    tokens = model.get_contextual_token(batch["encoder_ids"], batch["encoder_attention_mask"])  # (3, 2, 32)
+    states = model.encoder(batch["encoder_ids"], batch["encoder_attention_mask"]).last_hidden_state
+    mask = batch["encoder_attention_mask"].unsqueeze(-1)
+    mean = 3 * (states * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)  # (3, 1, 24)
+    assert (tokens[..., :24] - mean).abs().max() < 0.3 * mean.abs().max()
+
+
+def test_variants_that_cannot_be_trained(run, saved_dir, backbone_dir):
+    with pytest.raises(ValueError, match="'last_token' has no encoder"):
+        run("--baseline", "last_token", "--train_encoder", "lora")
+    args = train.ModelArguments(model=str(saved_dir), pooling="eos", bidirectional=True)
+    with pytest.raises(ValueError, match="leave out --pooling --bidirectional"):
+        train.load_model(args)
+    with pytest.raises(ValueError, match="`pooling` must be 'concat' for the baseline"):
+        run("--baseline", "last_token", "--pooling", "average")
+
+
+def test_going_on_from_a_baseline(run, make_model, tmp_path):
+    make_model(baseline="token_prepending").save_pretrained(tmp_path / "start")
+    args = train.ModelArguments(model=str(tmp_path / "start"))
+    assert type(train.load_model(args)).__name__ == "TokenPrependingModel"

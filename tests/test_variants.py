@@ -1,0 +1,442 @@
+"""The paper's ablations: each equals its definition, and saves, loads, trains and encodes like the default."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+from test_configuration import make_config
+from transformers import AutoModel, AutoProcessor
+
+from baselines import MODELS, load_model
+from configuration_causal2vec import Causal2VecConfig
+from losses import InfoNCE
+from modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
+from prefix_cache import is_causal
+
+
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+EXAMPLES = [{"query": "what is it", "response": "a thing"}]
+
+VARIANTS = {
+    "concat": {},
+    "average": {"pooling": "average"},
+    "eos": {"pooling": "eos"},
+    "eos_encoder": {"pooling": "eos_encoder"},
+    "before": {"contextual_position": "before_instruction", "prompt_head": "[INST] ", "prompt_tail": " [/INST]"},
+    "two": {"num_contextual_tokens": 2},
+    "eight": {"num_contextual_tokens": 8, "pooling": "average"},
+    "bidirectional": {"bidirectional": True},
+    "together": {
+        "bidirectional": True,
+        "num_contextual_tokens": 4,
+        "contextual_position": "before_instruction",
+        "pooling": "eos",
+    },
+    "last_token": {"baseline": "last_token"},
+    "last_token_bidirectional": {"baseline": "last_token", "bidirectional": True},
+    "embedding_concat": {"baseline": "embedding_concat"},
+    "token_prepending": {"baseline": "token_prepending"},
+    "token_prepending_before": {"baseline": "token_prepending", "contextual_position": "before_instruction"},
+}
+DIMS = {name: 32 for name in VARIANTS} | {
+    **dict.fromkeys(("concat", "eos_encoder", "before", "two", "bidirectional"), 64),
+    "embedding_concat": 32 + 24,
+}
+WITHOUT_ENCODER = [name for name in VARIANTS if "last_token" in name or "prepending" in name]
+
+
+@pytest.fixture(scope="module")
+def variants(make_model):
+    """Returns a function from a variant's name to its model."""
+    models = {}
+
+    def get(name: str):
+        if name not in models:
+            models[name] = make_model(**VARIANTS[name])
+        models[name].processor.tokenizer.padding_side = "right"
+        return models[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def folders(variants, tmp_path_factory):
+    """Returns a function from a variant's name to a folder that its model was saved into."""
+    root = tmp_path_factory.mktemp("variants")
+
+    def get(name: str):
+        if not (root / name).exists():
+            variants(name).save_pretrained(root / name)
+        return root / name
+
+    return get
+
+
+@torch.no_grad()
+def naive(model, text: str, instruction: str | None = None, examples: list[dict] | None = None) -> np.ndarray:
+    """The embedding of one text, by the paper's words and with masks written down; a decoder of Llama's kind."""
+    config, row = model.config, model.processor(text, instruction, examples)
+    ids = row["input_ids"][0]  # (seq_len,)
+    states = model.decoder.embed_tokens.weight[ids].clone()  # (seq_len, 32)
+    slots = (ids == config.contextual_token_id).nonzero()[:, 0].tolist()
+    assert slots == list(range(slots[0], slots[0] + len(slots))) if slots else True
+    vectors = tokens = None
+    if model.encoder is not None:
+        vectors = model.encoder(input_ids=row["encoder_ids"]).last_hidden_state[0]  # (encoder_seq_len, 24)
+        mean = vectors.mean(0, keepdim=True)  # (1, 24)
+        if model.projector is not None:
+            vectors = mean if model.projector.queries is None else attend(model.projector.queries, vectors)
+            tokens = model.projector.linear_2(torch.nn.functional.gelu(model.projector.linear_1(vectors)))
+            assert len(tokens) == len(slots)
+            states[slots] = tokens
+    length = len(ids)
+    ahead = torch.ones(length, length).triu(1).bool()  # what causal attention does not see
+    mask = torch.zeros(1, 1, length, length)
+    if not config.bidirectional:
+        mask.masked_fill_(ahead, float("-inf"))
+    position_ids = torch.arange(length)[None]
+    hidden = states[None]  # (1, seq_len, 32)
+    rotary = model.decoder.rotary_emb(hidden, position_ids)
+    for i, layer in enumerate(model.decoder.layers):
+        if config.baseline == "token_prepending" and i > 0:
+            hidden[0, slots[0]] = hidden[0, -1]
+        hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+    hidden = model.decoder.norm(hidden)[0]
+    eos = hidden[-1]
+    if config.baseline == "embedding_concat":
+        return torch.cat([eos, mean[0]]).numpy()
+    if config.baseline is not None or config.pooling == "eos":
+        return eos.numpy()
+    if config.pooling == "average":
+        return ((hidden[slots[-1]] + eos) / 2).numpy()
+    return torch.cat([tokens[0] if config.pooling == "eos_encoder" else hidden[slots[-1]], eos]).numpy()
+
+
+def attend(queries, states: torch.Tensor) -> torch.Tensor:
+    """Multi-head cross-attention, one head after the other."""
+    attention, size = queries.attention, states.shape[-1]
+    weights, biases = attention.in_proj_weight.split(size), attention.in_proj_bias.split(size)
+    q, k, v = (x @ w.T + b for x, w, b in zip((queries.queries.weight, states, states), weights, biases))
+    heads = []
+    for part in torch.arange(size).chunk(attention.num_heads):
+        scores = q[:, part] @ k[:, part].T / math.sqrt(len(part))  # (tokens, encoder_seq_len)
+        heads.append(scores.softmax(-1) @ v[:, part])
+    return torch.cat(heads, dim=-1) @ attention.out_proj.weight.T + attention.out_proj.bias
+
+
+def unit(vectors) -> np.ndarray:
+    return np.asarray(vectors) / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+class TestVectors:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_forward_is_the_definition(self, variants, name, side):
+        model = variants(name)
+        model.processor.tokenizer.padding_side = side
+        expected = np.stack([naive(model, text, INSTRUCTION) for text in TEXTS])
+        assert expected.shape == (len(TEXTS), DIMS[name])
+        with torch.no_grad():
+            found = model(**model.processor(TEXTS, INSTRUCTION)).embeddings.numpy()
+        assert np.abs(found - expected).max() <= 2e-5
+        assert np.linalg.norm(expected[0] - expected[1]) > 0.01
+
+    def test_no_fast_path_changes_a_vector(self, variants, name):
+        model = variants(name)
+        model.prefix_cache.clear()
+        expected = unit([naive(model, text, INSTRUCTION) for text in TEXTS])
+        packed = [None, False] if model.config.baseline == "token_prepending" else [None, False, True]
+        for choice in (*packed, *packed):  # the second time, with what is kept of the first
+            found = model.encode(TEXTS, instruction=INSTRUCTION, batch_size=4, packed=choice)
+            assert np.abs(found - expected).max() <= 1e-5
+        causal = ("concat", "average", "eos", "eos_encoder", "before", "two", "eight", "token_prepending")
+        assert (model.prefix_cache.hits > 0) == (name in causal)  # what has a head before its slot
+        assert is_causal(model.decoder) != model.config.bidirectional
+
+    def test_examples(self, variants, name):
+        model = variants(name)
+        expected = unit([naive(model, text, INSTRUCTION, EXAMPLES) for text in TEXTS[:3]])
+        found = model.encode(TEXTS[:3], instruction=INSTRUCTION, examples=EXAMPLES)
+        assert np.abs(found - expected).max() <= 1e-5
+        assert np.abs(found - model.encode(TEXTS[:3], instruction=INSTRUCTION)).max() > 1e-3
+
+    def test_truncation(self, variants, name):
+        model = variants(name)
+        full = model.encode(TEXTS, normalize_embeddings=False)
+        found = model.encode(TEXTS, normalize_embeddings=False, truncate_dim=14)
+        first = {64: [*range(7), *range(32, 39)], 56: [*range(8), *range(32, 38)], 32: range(14)}[DIMS[name]]
+        assert np.array_equal(found, full[:, list(first)])
+        with pytest.raises(ValueError, match="`truncate_dim` must be an"):
+            model.encode(TEXTS, truncate_dim=DIMS[name] + 2)
+
+    def test_gradients_reach_all_weights_that_are_there(self, variants, name):
+        model = variants(name)
+        batch = model.processor(TEXTS, INSTRUCTION)
+        results = {}
+        for share in (False, True):
+            model.zero_grad()
+            embeddings = model(**batch, share_heads=share).embeddings
+            (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
+            results[share] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        missing = {key for key, _ in model.named_parameters()} - set(results[False])
+        assert missing == set()
+        for key, gradient in results[False].items():
+            assert (results[True][key] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), key
+            if model.projector is not None and "projector" in key and "in_proj_bias" not in key:
+                assert gradient.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+class TestFolders:
+    def test_round_trip(self, variants, folders, name):
+        model, again = variants(name), load_model(folders(name))
+        assert type(again) is type(model)
+        assert again.config.to_dict() == model.config.to_dict() | {"auto_map": again.config.auto_map}
+        assert again.processor.to_dict() == model.processor.to_dict()
+        assert np.array_equal(
+            again.encode(TEXTS, instruction=INSTRUCTION), model.encode(TEXTS, instruction=INSTRUCTION)
+        )
+
+    def test_what_is_in_it(self, variants, folders, name):
+        keys = {key.split(".")[0] for key in variants(name).state_dict()}
+        expected = {"encoder", "projector", "decoder"}
+        if name in WITHOUT_ENCODER:
+            expected = {"decoder"}
+        elif name == "embedding_concat":
+            expected = {"encoder", "decoder"}
+        assert keys == expected
+        assert (folders(name) / "encoder_tokenizer").exists() == (name not in WITHOUT_ENCODER)
+        assert f"{DIMS[name]} numbers" in (folders(name) / "README.md").read_text().replace("\n", " ")
+
+    def test_remote_code(self, variants, folders, name):
+        model = AutoModel.from_pretrained(folders(name), trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+        assert np.abs(model.encode(TEXTS) - variants(name).encode(TEXTS)).max() <= 1e-6
+        processor = AutoProcessor.from_pretrained(folders(name), trust_remote_code=True)
+        expected = variants(name).processor(TEXTS, INSTRUCTION)
+        found = processor(TEXTS, INSTRUCTION)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    def test_sentence_transformers(self, variants, folders, name):
+        module = pytest.importorskip("sentence_transformers")
+        model = module.SentenceTransformer(str(folders(name)), trust_remote_code=True, device="cpu")
+        assert model.get_embedding_dimension() == DIMS[name]
+        for kwargs in ({}, {"truncate_dim": 10}):
+            found = model.encode(TEXTS, prompt=INSTRUCTION, **kwargs)
+            expected = variants(name).encode(TEXTS, instruction=INSTRUCTION, **kwargs)
+            assert np.abs(found - expected).max() <= 1e-6
+
+    def test_evaluation_and_publishing(self, folders, name):
+        pytest.importorskip("mteb")
+        from mteb_encoder import LastTokenBackend, load_backend, locate, model_meta
+        from push_to_hub import files_to_push, problems
+
+        folder = folders(name)
+        location = locate(str(folder))
+        backend = load_backend(location, device="cpu")
+        assert backend.dim == model_meta(location, backend).embed_dim == DIMS[name]
+        assert backend.encode(TEXTS, INSTRUCTION, None, 4, None).shape == (len(TEXTS), DIMS[name])
+        alone = LastTokenBackend(backend.model).encode(TEXTS, INSTRUCTION, None, 4, None)
+        assert alone.shape == (len(TEXTS), 32)
+        if name == "last_token":
+            assert np.abs(alone - backend.encode(TEXTS, INSTRUCTION, None, 4, None)).max() <= 1e-5
+        found = list(problems(folder, files_to_push(folder), 1e9))
+        assert not any("missing" in problem or "size" in problem for problem in found), found
+
+
+class TestRows:
+    def test_before_the_instruction(self, variants):
+        model, default = variants("before"), variants("concat")
+        slot, tokenizer = model.config.contextual_token_id, default.processor.tokenizer
+        row = model.processor("hi", INSTRUCTION, EXAMPLES)["input_ids"][0].tolist()
+        head = tokenizer("[INST] ", add_special_tokens=False)["input_ids"]
+        assert row[: len(head) + 2] == [1, *head, slot]
+        user = f"<instruct>{INSTRUCTION}\n<query>what is it\n<response>a thing\n\n{INSTRUCTION}"
+        pieces = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (user, "hi", " [/INST]"))
+        assert row[len(head) + 2 :] == [*(i for ids in pieces for i in ids), 2]
+
+    def test_slots_stand_next_to_each_other_and_text_is_cut(self, variants):
+        model = variants("eight")
+        row = model.processor("word " * 50, "Find", max_length=30)["input_ids"][0].tolist()
+        head = model.processor.encode_head("Find")
+        assert len(row) == 30 and row[-1] == 2
+        assert row[: len(head) + 8] == [*head, *[model.config.contextual_token_id] * 8]
+        with pytest.raises(ValueError, match=f"Use at least max_length={len(head) + 10}"):
+            model.processor("word", "Find", max_length=10)
+
+    def test_as_many_slots_as_tokens(self, variants):
+        model = variants("two")
+        with pytest.raises(ValueError, match="exactly 2 times; row 0 holds it 8 times"):
+            model(**variants("eight").processor("hi"))
+
+    @pytest.mark.parametrize("name", ["last_token", "embedding_concat"])
+    def test_no_slot(self, variants, name):
+        rows, expected = (variants(n).processor("hi", INSTRUCTION)["input_ids"][0] for n in (name, "concat"))
+        assert rows.tolist() == expected[expected != variants("concat").config.contextual_token_id].tolist()
+
+
+class TestBidirectional:
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3"])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_padding_and_looking_ahead(self, make_model, family, attention):
+        if (family, attention) == ("gemma2", "sdpa"):
+            pytest.skip("it has none")
+        model = make_model(family, bidirectional=True, decoder_kwargs={"attn_implementation": attention})
+        alone = torch.stack([model(**model.processor(text)).embeddings[0] for text in TEXTS[:3]])
+        together = model(**model.processor(TEXTS[:3])).embeddings
+        assert (alone - together).abs().max() <= 2e-5
+        batch = model.processor("a b")
+        longer = {**batch, "contextual_token": torch.zeros(1, 32), "output_last_hidden_state": True}
+        first = model(**longer).last_hidden_state[0, 0]
+        longer["input_ids"] = longer["input_ids"].clone()
+        longer["input_ids"][0, -2] = 7
+        assert (model(**longer).last_hidden_state[0, 0] - first).abs().max() > 1e-4
+
+    def test_a_decoder_without_a_switch(self, variants):
+        from prefix_cache import look_both_ways
+
+        decoder = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="`bidirectional` is not possible for Linear"):
+            look_both_ways(decoder)
+
+
+class TestTokenPrepending:
+    def test_packing_is_refused(self, variants):
+        with pytest.raises(ValueError, match="`packed` is not possible with token prepending"):
+            variants("token_prepending").encode(TEXTS, packed=True)
+
+    def test_it_changes_what_text_sees(self, variants):
+        """A change of the last word changes the second layer's states of the first."""
+        model = variants("token_prepending")
+        batches = [model.processor(text) for text in ("one two three four", "one two three five")]
+        first, second = (model(**batch, output_last_hidden_state=True).last_hidden_state[0] for batch in batches)
+        slot = int((batches[0]["input_ids"][0] == model.config.contextual_token_id).nonzero())
+        assert torch.equal(first[slot - 1], second[slot - 1])
+        assert (first[slot + 1] - second[slot + 1]).abs().max() > 1e-4
+
+    @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3", "phi3", "gpt_neox", "olmo2"])
+    def test_other_decoders(self, make_model, family):
+        model = make_model(family, baseline="token_prepending")
+        plain = torch.stack([model(**model.processor(text, INSTRUCTION)).embeddings[0] for text in TEXTS])
+        assert np.abs(model.encode(TEXTS, instruction=INSTRUCTION) - unit(plain.detach())).max() <= 1e-5
+
+    def test_gradient_checkpointing(self, make_model):
+        model = make_model(baseline="token_prepending").train()
+        batch = model.processor(TEXTS, INSTRUCTION)
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            first, second = model(**batch).embeddings, model(**model.processor(TEXTS[:2])).embeddings
+            (first.square().sum() + second.sum()).backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            assert (gradients[1][name] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), name
+
+    def test_a_decoder_that_tells_its_layers_nothing(self, make_model):
+        model = make_model(baseline="token_prepending")
+        for layer in model.decoder.layers:
+            layer._forward_pre_hooks.clear()
+        with pytest.raises(ValueError, match="told 0 of its 2 layers"):
+            model(**model.processor("hi"))
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        ({"pooling": "mean"}, "`pooling` must be one of 'concat', 'average', 'eos', 'eos_encoder', got 'mean'"),
+        ({"contextual_position": "last"}, "`contextual_position` must be one of 'after_instruction'"),
+        ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
+        ({"num_contextual_tokens": 2.0}, "`num_contextual_tokens` must be int"),
+        ({"num_contextual_tokens": 8, "max_seq_length": 9}, "`max_seq_length` must be at least 10"),
+        ({"bidirectional": "yes"}, "`bidirectional` must be bool"),
+        ({"baseline": "echo"}, "`baseline` must be one of None, 'last_token'"),
+        ({"pooling": "eos_encoder", "num_contextual_tokens": 2}, "needs `num_contextual_tokens=1`"),
+        ({"baseline": "embedding_concat", "pooling": "eos"}, "`pooling` must be 'concat' for the baseline"),
+        ({"baseline": "embedding_concat", "num_contextual_tokens": 2}, "it has no Contextual token"),
+        (
+            {"baseline": "embedding_concat", "contextual_position": "before_instruction"},
+            "`contextual_position` must be 'after_instruction' for the baseline 'embedding_concat'",
+        ),
+        ({"baseline": "last_token"}, "'last_token' has no encoder"),
+        ({"baseline": "token_prepending", "encoder_config": None, "bidirectional": True}, "every token sees EOS"),
+    ],
+)
+def test_what_cannot_be_combined(values, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        make_config(**values)
+
+
+class TestRefusals:
+    def test_the_wrong_class(self, folders):
+        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load with AutoModel"):
+            Causal2VecModel.from_pretrained(folders("last_token"))
+        with pytest.raises(ValueError, match="baseline='last_token', got None"):
+            MODELS["last_token"].from_pretrained(folders("concat"))
+
+    def test_an_encoder_too_few_or_too_many(self, backbone_dir):
+        with pytest.raises(ValueError, match="needs an `encoder`"):
+            Causal2VecModel.from_encoder_decoder_pretrained(None, backbone_dir("llama"))
+        with pytest.raises(ValueError, match="has no encoder"):
+            MODELS["last_token"].from_encoder_decoder_pretrained(backbone_dir("bert"), backbone_dir("llama"))
+
+
+class TestSizes:
+    def test_of_configurations(self):
+        assert make_config().embedding_sizes == (32, 32)
+        assert make_config(pooling="eos").embedding_sizes == (32,)
+        assert make_config(baseline="embedding_concat").embedding_sizes == (32, 24)
+        config = make_config(baseline="last_token", encoder_config=None)
+        assert config.embedding_size == 32 and config.encoder_config is None
+        again = Causal2VecConfig.from_dict(config.to_dict())
+        assert again.encoder_config is None and again.baseline == "last_token"
+
+    def test_truncation(self):
+        vectors = torch.arange(10.0)
+        assert truncate_embeddings(vectors, 4).tolist() == [0, 1, 5, 6]
+        assert truncate_embeddings(vectors, 4, (10,)).tolist() == [0, 1, 2, 3]
+        assert truncate_embeddings(vectors, 5, (6, 4)).tolist() == [0, 1, 2, 6, 7]
+        for dim in range(1, 11):
+            assert len(truncate_embeddings(vectors, dim, (7, 3))) == dim
+        check_truncate_dim(3, (10,))
+        for dim, sizes in ((3, (5, 5)), (0, (10,)), (11, (10,)), (2.0, (10,))):
+            with pytest.raises(ValueError, match="`truncate_dim` must be an"):
+                check_truncate_dim(dim, sizes)
+
+    def test_matryoshka_loss_of_one_state(self):
+        queries, documents = torch.randn(4, 6), torch.randn(4, 6)
+        ids = (torch.arange(4), torch.arange(4))
+        plain = InfoNCE()
+        expected = (plain(queries, documents, *ids) + plain(queries[:, :3], documents[:, :3], *ids)) / 2
+        loss = InfoNCE(matryoshka_dims=[3], sizes=(6,))(queries, documents, *ids)
+        assert torch.allclose(loss, expected)
+        with pytest.raises(ValueError, match="between 1 and 6"):
+            InfoNCE(matryoshka_dims=[8], sizes=(6,))
+
+
+def test_a_decoder_that_is_an_adapter(backbone_dir, make_model, tmp_path):
+    """An embedding model that was published as LoRA, as some are (appendix C.3)."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    decoder = AutoModel.from_pretrained(backbone_dir("llama"))
+    adapted = get_peft_model(decoder, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    make_model().processor.tokenizer.save_pretrained(tmp_path / "adapter")
+    model = Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir("bert"), str(tmp_path / "adapter"))
+    ids = torch.tensor([[1, 5, 9, 2]])
+    expected = PeftModel.from_pretrained(AutoModel.from_pretrained(backbone_dir("llama")), tmp_path / "adapter").eval()
+    plain = AutoModel.from_pretrained(backbone_dir("llama"))
+    with torch.no_grad():
+        found = model.decoder(ids).last_hidden_state
+        assert (found - expected(ids).last_hidden_state).abs().max() <= 1e-5
+        assert (found - plain(ids).last_hidden_state).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "model")
+    assert np.array_equal(load_model(tmp_path / "model").encode(TEXTS), model.encode(TEXTS))
