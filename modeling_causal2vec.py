@@ -9,6 +9,7 @@ Every text token comes after the Contextual token and so sees the whole text. In
 configuration; the methods that the paper compares with are in baselines.py, as subclasses.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -492,7 +493,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As everywhere in transformers; also loads both tokenizers when the folder has them.
+        As everywhere in transformers; also loads both tokenizers when the folder has them. Of a folder that holds an
+        adapter alone, it loads the model that the adapter names and puts the adapter on it, which needs PEFT.
 
         Raises:
             ValueError: the weights lack tensors of this model, hold others or are damaged, or the folder is not one of
@@ -505,6 +507,13 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 f"{sorted(attention)}."
             )
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
+        base = _base_of_adapter(pretrained_model_name_or_path, hub_kwargs)
+        if base is not None:
+            of_adapter = ("config", "revision", "subfolder", "adapter_kwargs")
+            of_base = {name: value for name, value in kwargs.items() if name not in of_adapter}
+            model, info = cls.from_pretrained(base, *model_args, output_loading_info=True, **of_base)
+            model.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub_kwargs)
+            return (model, info) if output_loading_info else model
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
             cls._check_model_type(pretrained_model_name_or_path, hub_kwargs)
         try:
@@ -552,13 +561,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         found = cls.config_class.get_config_dict(source, **hub_kwargs)[0].get("model_type")
         if found == cls.config_class.model_type:
             return
-        try:
-            cached_file(source, "adapter_config.json", **hub_kwargs)  # PeftModel saves no config.json
-        except OSError:
-            what = "no config.json" if found is None else f"the model_type {found!r}"
-            raise ValueError(
-                f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?"
-            ) from None
+        what = "no config.json" if found is None else f"the model_type {found!r}"
+        raise ValueError(f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?")
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
@@ -671,6 +675,17 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
 _PUSH_KWARGS = ("repo_id", "token", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def _base_of_adapter(source, hub_kwargs: dict) -> str | None:
+    """The folder or Hub id of the model that an adapter was made for; `None` for what is no adapter."""
+    if source is None:
+        return None
+    try:
+        file = cached_file(source, "adapter_config.json", **hub_kwargs)
+    except OSError:
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import train
 from modeling_causal2vec import Causal2VecModel
@@ -101,6 +102,9 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(run, tmp_path, mon
     base = Causal2VecModel.from_pretrained(tmp_path / "run" / "base")
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert abs(adapted.encode(TEXTS, instruction="find") - after).max() < 1e-5
+    # The adapter's folder by itself, as for any of transformers' models: it names its base.
+    alone = AutoModel.from_pretrained(tmp_path / "run" / "adapter", trust_remote_code=True)
+    assert abs(alone.encode(TEXTS, instruction="find") - after).max() < 1e-5
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for part in ("encoder.", "decoder.", "projector."):
         assert any(part in name for name in tensors), part
@@ -465,6 +469,9 @@ def test_variants_train_like_the_default(run, tmp_path, flags):
         assert abs(base.encode(TEXTS, instruction="find") - after).max() > 1e-3
         adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
         assert abs(adapted.encode(TEXTS, instruction="find") - after).max() < 1e-5
+    # The adapter's folder by itself, as for any of transformers' models: it names its base.
+    alone = AutoModel.from_pretrained(tmp_path / "run" / "adapter", trust_remote_code=True)
+    assert abs(alone.encode(TEXTS, instruction="find") - after).max() < 1e-5
     facts = json.loads((folder / "training.json").read_text())
     assert all(count > 0 for count in facts["plan"]["parameters"].values())
     assert ("encoder" in facts["plan"]["parameters"]) == trained.config.has_encoder
