@@ -12,49 +12,29 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from configuration_causal2vec import Causal2VecConfig, is_hub_id
-from saving_utils import code_table, refresh_hashes
+from configuration_causal2vec import Causal2VecConfig
+from saving_utils import card_sections, is_hub_id, refresh_hashes
 
 
 TEMPLATE = """
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: `{encoder}` reads the text and gives one
-Contextual token, which `{decoder}` reads with the text. {dim} numbers per text, compared by cosine. It needs `torch` and
-`transformers` (5.17 or newer).
-
-```python
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
-queries = model.encode(["how much protein should a female eat"], instruction={instruction!r})
-passages = model.encode(["As a general guideline, women need 46 grams of protein per day."])
-print(queries @ passages.T)
-```
-
-Queries carry an instruction, passages none. `encode_query` uses {query_instruction}; `instructions.json` has those of
-MTEB's tasks. With sentence-transformers, `SentenceTransformer("path/to/this/folder", trust_remote_code=True)` gives the
-same vectors; a `prompt` is an instruction.
-
+{use}
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
 decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}. All arguments and the log are in
 `training.json`.
 
-| dataset | rows | per epoch | instructions |
-|---|---|---|---|
+| dataset | rows | per epoch | licence | instructions |
+|---|---|---|---|---|
 {datasets}
 
 {results}## Limits
 
-Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end, what the
-encoder reads at {encoder_max_seq_length}. {truncation} {licence}
+{limits} {truncation} {licence}
 
 ## Code and pinning
-
-Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
-commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.
 
 {code}
 """
@@ -95,28 +75,25 @@ def write_card(
         model_name=name,
         eval_results=scores or None,
     )
+    encoder, decoder = (
+        f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
+        for tower in ("encoder", "decoder")
+    )
     text = TEMPLATE.format(
         name=name,
-        encoder=shown(arguments["encoder"]) or f"the encoder of {shown(arguments['model'])}",
-        decoder=shown(arguments["decoder"]) or f"the decoder of {shown(arguments['model'])}",
-        dim=2 * config.hidden_size,
-        instruction=config.query_instruction or plan["datasets"][0]["instructions"][0],
-        query_instruction=f"`{config.query_instruction}`"
-        if config.query_instruction
-        else "none unless it is given one",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
         final_loss=facts["final_loss"],
         datasets="\n".join(
-            f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {'; '.join(d['instructions'])} |"
+            f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {d.get('license') or 'not recorded'} | "
+            f"{'; '.join(d['instructions'])} |"
             for d in plan["datasets"]
         ),
         results=results_table(scores),
         truncation=truncation(arguments.get("matryoshka_dims")),
         licence="The weights carry the licences of their base models and of the training data; see there before use.",
-        code=code_table(folder),
+        **card_sections(folder, config, encoder, decoder, plan["datasets"][0]["instructions"][0]),
         **{key: arguments[key] for key in ("temperature", "learning_rate", "seed", "train_decoder", "train_encoder")},
-        **{key: getattr(config, key) for key in ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")},
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
 

@@ -38,6 +38,7 @@ class DatasetSpec:
         instructions (list of `str`): For its queries; several alternate from batch to batch.
         symmetric (list of `str`): Those of them under which documents carry the instruction too.
         sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch.
+        license (`str`, *optional*): For the model's card.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetSpec:
     instructions: list[str]
     symmetric: list[str] = field(default_factory=list)
     sample_ratio: float = 1.0
+    license: str | None = None
 
     def __post_init__(self):
         if not self.instructions or not all(isinstance(text, str) for text in self.instructions):

@@ -9,7 +9,6 @@ Every text token comes after the Contextual token and so sees the whole text. In
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,7 +29,7 @@ try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from .prefix_cache import PrefixCache, is_causal, plan_rows
-    from .saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -42,7 +41,7 @@ except ImportError:  # imported from a clone, where these files are top-level mo
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from prefix_cache import PrefixCache, is_causal, plan_rows
-    from saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -521,8 +520,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
         if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
             return super().save_pretrained(save_directory, **kwargs)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+        with new_files(target) as temporary:
             super().save_pretrained(temporary, **kwargs)
             if self._processor is not None:
                 Causal2VecProcessor.from_config(
@@ -533,7 +531,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 shutil.copyfile(self._instructions_file, Path(temporary, "instructions.json"))
             if not (target / "README.md").exists():
                 write_plain_card(temporary, self.config)
-            move_into(Path(temporary), target)
         refresh_hashes(target)
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)

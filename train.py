@@ -402,6 +402,7 @@ def describe(model, data: TrainingData, sampler: SingleDatasetBatchSampler, coll
                 "rows_per_epoch": used,
                 "dropped_per_epoch": sampler.dropped[spec.name],
                 "instructions": spec.instructions,
+                "license": spec.license,
             }
             for spec, rows, used in zip(data.specs, data.rows, sampler.rows_per_epoch)
         ],

@@ -3,6 +3,9 @@
 Skipped only where a package is not installed: pip install -e ".[integrations]".
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from conftest import TEXTS
@@ -126,13 +129,49 @@ def test_lancedb(documents, query, best, tmp_path):
     assert np.abs(1 - np.array([row["_distance"] for row in found]) - (documents @ query)[best[:3]]).max() < 1e-5
 
 
-def test_mteb_loads_it_by_our_model_meta(saved_dir, tiny_model):
-    pytest.importorskip("mteb")
+@pytest.fixture
+def mteb(monkeypatch):
+    """With its registry as it was, after the test."""
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import get_model_meta, model_implementations
+
+    registry = dict(model_implementations.MODEL_REGISTRY)
+    monkeypatch.setattr(model_implementations, "MODEL_REGISTRY", registry)
+    monkeypatch.setattr(get_model_meta, "MODEL_REGISTRY", registry)
+    return mteb
+
+
+def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
+    """By name, with our loader; mteb scores it as the model that it is."""
+    from mteb_encoder import register
+
+    name = register(str(saved_dir), name="tester/tiny")
+    assert name == "tester/tiny"
+    meta = mteb.get_model_meta(name)
+    assert meta.embed_dim == 2 * tiny_model.config.hidden_size and len(meta.revision) == 40
+    assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
+    assert str(saved_dir) not in str(meta.to_dict())
+
+    model = mteb.get_model(name)
+    assert model.mteb_model_meta.name == name and model.mteb_model_meta.revision == meta.revision
+    from mteb.mocks.mock_tasks import MockSTSTask
+
+    from mteb_encoder import Instructions
+
+    model.instruction_for = Instructions({"MockSTSTask": INSTRUCTION})
+    result = mteb.evaluate(model, MockSTSTask(), cache=None, co2_tracker=False, show_progress_bar=False)
+    assert result.model_name == name and result.model_revision == meta.revision
+
+
+def test_mteb_is_told_what_cannot_be_registered(mteb, saved_dir, backbone_dir, tmp_path):
     import mteb_encoder
 
-    location = mteb_encoder.locate(str(saved_dir), None)
-    meta = mteb_encoder.model_meta(location, mteb_encoder.load_backend(location, device="cpu"))
-    model = mteb_encoder.load_for_mteb(str(saved_dir), device="cpu")
-    assert model.mteb_model_meta.name == meta.name and meta.loader is mteb_encoder.load_for_mteb
-    assert meta.embed_dim == 2 * tiny_model.config.hidden_size
-    assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
+    with pytest.raises(ValueError, match="not a Causal2Vec checkpoint"):
+        mteb_encoder.register(backbone_dir("bert"))
+    folder = shutil.copytree(saved_dir, tmp_path / "model")
+    name = mteb_encoder.register(str(folder))
+    assert name == "local/model"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "query_instruction": "another"}))
+    with pytest.raises(ValueError, match="has changed"):
+        mteb.get_model(name)
