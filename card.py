@@ -136,7 +136,7 @@ def truncation(dims: list[int] | None) -> str:
 
 def shown(name: str | None) -> str | None:
     """A name as a card shows it: of a folder, only the last part, because the rest belongs to one machine."""
-    return name if name is None or is_hub_id(name) else Path(name).name
+    return name if name is None or is_hub_id(name) else Path(name).resolve().name
 
 
 def without_machine_paths(value):

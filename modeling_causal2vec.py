@@ -150,7 +150,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`."""
         # Real tokens first: an encoder with absolute positions counts from the left, padding included.
-        order = encoder_attention_mask.argsort(dim=-1, descending=True, stable=True)  # (batch, encoder_seq_len)
+        length = encoder_ids.shape[1]
+        places = torch.arange(length, device=encoder_ids.device)  # (encoder_seq_len,)
+        places = torch.where(encoder_attention_mask == 0, places + length, places)  # no ties: ONNX has no stable sort
+        order = places.argsort(dim=-1)  # (batch, encoder_seq_len)
         encoder_ids, encoder_attention_mask = encoder_ids.gather(-1, order), encoder_attention_mask.gather(-1, order)
         states = self.encoder(input_ids=encoder_ids, attention_mask=encoder_attention_mask).last_hidden_state
         mask = encoder_attention_mask.to(states).unsqueeze(-1)  # (batch, encoder_seq_len, 1)
