@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig
+from data import SUFFIXES
 from saving_utils import card_sections, is_hub_id, refresh_hashes
 
 
@@ -26,8 +27,8 @@ TEMPLATE = """
 decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}. All arguments and the log are in
 `training.json`.
 
-| dataset | rows | per epoch | licence | instructions |
-|---|---|---|---|---|
+| dataset | from | rows | per epoch | licence | instructions |
+|---|---|---|---|---|---|
 {datasets}
 
 {results}## Limits
@@ -63,6 +64,7 @@ def write_card(
 
     arguments, plan, config = facts["arguments"], facts["plan"], model.config
     scores = [] if results is None else eval_results(results)
+    sources = [source(d.get("path")) for d in plan["datasets"]]
     data = ModelCardData(
         license=licence,
         language="en" if scores else None,
@@ -72,6 +74,7 @@ def write_card(
         base_model=[*base_models]
         or [i for i in map(arguments.get, ("encoder", "decoder", "model")) if is_hub_id(i)]
         or None,
+        datasets=[name for name in sources if is_hub_id(name)] or None,
         model_name=name,
         eval_results=scores or None,
     )
@@ -85,9 +88,9 @@ def write_card(
         global_batch_size=plan["global_batch_size"],
         final_loss=facts["final_loss"],
         datasets="\n".join(
-            f"| {d['name']} | {d['rows']:,} | {d['rows_per_epoch']:,} | {d.get('license') or 'not recorded'} | "
-            f"{'; '.join(d['instructions'])} |"
-            for d in plan["datasets"]
+            f"| {d['name']} | {origin} | {d['rows']:,} | {d['rows_per_epoch']:,} | "
+            f"{d.get('license') or 'licence not recorded'} | {'; '.join(d['instructions'])} |"
+            for d, origin in zip(plan["datasets"], sources)
         ),
         results=results_table(scores),
         truncation=truncation(arguments.get("matryoshka_dims")),
@@ -132,6 +135,13 @@ def truncation(dims: list[int] | None) -> str:
     if dims:
         return f"`truncate_dim` was trained for {', '.join(map(str, sorted(dims)))} numbers."
     return "`truncate_dim` works, but shorter vectors were not trained for."
+
+
+def source(path: str | None) -> str:
+    """Where a dataset came from, as a card shows it: a Hub id, or a file's name."""
+    if path is None:
+        return "not recorded"
+    return Path(path).name if path.endswith(SUFFIXES) else path
 
 
 def shown(name: str | None) -> str | None:

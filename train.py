@@ -397,6 +397,7 @@ def describe(model, data: TrainingData, sampler: SingleDatasetBatchSampler, coll
         "datasets": [
             {
                 "name": spec.name,
+                "path": spec.path,
                 "rows": len(rows),
                 "sample_ratio": spec.sample_ratio,
                 "rows_per_epoch": used,
@@ -535,7 +536,7 @@ def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments
     log = trainer.state.log_history
     facts = {
         "arguments": without_machine_paths(arguments),
-        "plan": plan,
+        "plan": without_machine_paths(plan),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),

@@ -113,31 +113,12 @@ def fresh(hub):
 
 
 @pytest.fixture(scope="module")
-def complete_dir(tiny_model, tmp_path_factory) -> Path:
+def complete_dir(tiny_model, run_facts, tmp_path_factory) -> Path:
     """The tiny model in three shards, with a card that lacks nothing."""
     folder = tmp_path_factory.mktemp("complete") / "model"
     tiny_model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) >= 2
-    facts = {
-        "arguments": {
-            "encoder": "intfloat/e5-base-v2",
-            "decoder": "Qwen/Qwen3-0.6B",
-            "model": None,
-            "temperature": 0.05,
-            "learning_rate": 1e-4,
-            "seed": 1,
-            "train_decoder": "lora",
-            "train_encoder": "frozen",
-            "matryoshka_dims": [16],
-        },
-        "plan": {
-            "global_batch_size": 8,
-            "datasets": [{"name": "nli", "rows": 10, "rows_per_epoch": 8, "instructions": ["find similar"]}],
-        },
-        "steps": 3,
-        "final_loss": 1.5,
-    }
-    write_card(folder, facts, tiny_model, "tester/complete", licence="apache-2.0")
+    write_card(folder, run_facts, tiny_model, "tester/complete", licence="apache-2.0")
     return folder
 
 

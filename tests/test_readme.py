@@ -13,6 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -91,6 +92,14 @@ def clone(bundled_dir, tmp_path_factory) -> Path:
     return folder
 
 
+def test_files_are_searched_and_encoded(clone):
+    (block,) = [code for code in snippets("bash") if "embed.py search" in code]
+    (clone / "texts.txt").write_text("one\ntwo\n", encoding="utf-8")
+    told = run_bash("\n".join(line for line in block.splitlines() if line.startswith("python")), clone)
+    assert "README.md" in told
+    assert np.load(clone / "vectors.npy").shape == (2, 768)
+
+
 def test_a_newcomers_model_can_be_pushed(clone):
     (block,) = [code for code in snippets("bash") if f"card.py {TRAINED}" in code]
     lines = block.splitlines()
@@ -99,7 +108,7 @@ def test_a_newcomers_model_can_be_pushed(clone):
     assert re.search(r"\d+,\d\d\d,\d\d\d  model.safetensors", told)
     assert told.splitlines()[-1].startswith("Would push") and told.splitlines()[-1].endswith("to user/name.")
     card = (clone / TRAINED / "README.md").read_text(encoding="utf-8")
-    assert "| help | 4 | 4 | ours | Given a customer's question, retrieve the answer |" in card
+    assert "| help | rows.jsonl | 4 | 4 | ours | Given a customer's question, retrieve the answer |" in card
 
 
 def test_what_pip_is_asked_for_is_what_the_project_needs():
