@@ -1,6 +1,7 @@
 # make demo    searches this README with the bundled checkpoint
 # make test    runs the whole suite
 # make lint    runs ruff
+# make test-oldest    runs the core of the suite on the oldest supported torch and transformers, in .venv-oldest
 # Each prepares .venv first, which takes minutes once and nothing afterwards. `make clean` removes it.
 #
 # torch is installed by itself and first, so that nothing else chooses its build. For another build or another source:
@@ -13,11 +14,14 @@ CONSTRAINTS ?= constraints.txt
 QUERY ?= how is the model trained
 FILES ?= README.md
 PYTEST_ARGS ?=
+OLDEST ?= transformers==5.17.0 huggingface_hub==1.5.0 safetensors==0.8.0
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST_TESTS ?= $(addprefix tests/test_,configuration.py tokenization.py modeling.py remote_code.py trust.py prefix_cache.py packing.py embed.py)
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --constraint $(VENV)/torch.txt --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/python embed.py search "$(QUERY)" $(FILES)
@@ -25,12 +29,15 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(OLDEST_TESTS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest
 
 # torch.txt holds what torch turned out to be, so that the other dependencies cannot replace it.
 $(VENV)/torch.txt:
@@ -46,4 +53,12 @@ $(VENV)/.core: $(VENV)/torch.txt pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) --editable ".[test]"
+	touch $@
+
+# Core dependencies alone. torch comes last, or pip would tell at each step what torch lacks.
+$(VENV)-oldest/.test: Makefile .ci/torch_without_cuda
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install $(OLDEST) filelock typing-extensions sympy networkx jinja2 fsspec "setuptools<82"
+	$(VENV)-oldest/bin/pip install --constraint $(CONSTRAINTS) pytest pytest-timeout hypothesis
+	.ci/torch_without_cuda $(VENV)-oldest/bin $(OLDEST_TORCH)
 	touch $@

@@ -12,50 +12,37 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from configuration_causal2vec import Causal2VecConfig, is_hub_id
-from saving_utils import code_table, in_words, refresh_hashes
+from configuration_causal2vec import Causal2VecConfig
+from data import SUFFIXES
+from saving_utils import card_sections, is_hub_id, refresh_hashes
 
 
 TEMPLATE = """
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per text, compared by
-cosine. It needs `torch` and `transformers` (5.17 or newer).
-
-```python
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)
-queries = model.encode(["how much protein should a female eat"], instruction={instruction!r})
-passages = model.encode(["As a general guideline, women need 46 grams of protein per day."])
-print(queries @ passages.T)
-```
-
-Queries carry an instruction, passages none. `encode_query` uses {query_instruction}; `instructions.json` has those of
-MTEB's tasks. With sentence-transformers, `SentenceTransformer("path/to/this/folder", trust_remote_code=True)` gives the
-same vectors; a `prompt` is an instruction.
-
+{use}{adapter}
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
 decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}. All arguments and the log are in
 `training.json`.
 
-| dataset | rows | per epoch | instructions |
-|---|---|---|---|
+| dataset | from | rows | per epoch | licence | instructions |
+|---|---|---|---|---|---|
 {datasets}
 
 {results}## Limits
 
-Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end, what the
-encoder reads at {encoder_max_seq_length}. {truncation} {licence}
+{limits} {truncation} {licence}
 
 ## Code and pinning
 
-Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
-commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.
-
 {code}
+"""
+
+ADAPTER = """
+This folder holds an adapter alone and needs `peft`: `AutoModel` loads the model that `adapter_config.json` names and puts
+the adapter on it; so does `PeftModel.from_pretrained(base, "path or id")` for a `base` that is loaded already.
 """
 
 
@@ -81,8 +68,8 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     arguments, plan, config = facts["arguments"], facts["plan"], model.config
-    parts_of = f"the {{}} of {shown(arguments['model'])}"
     scores = [] if results is None else eval_results(results)
+    sources = [source(d.get("path")) for d in plan["datasets"]]
     data = ModelCardData(
         license=licence,
         language="en" if scores else None,
@@ -92,29 +79,26 @@ def write_card(
         base_model=[*base_models]
         or [i for i in map(arguments.get, ("encoder", "decoder", "model")) if is_hub_id(i)]
         or None,
+        datasets=[name for name in sources if is_hub_id(name)] or None,
         model_name=name,
         eval_results=scores or None,
     )
+    encoder, decoder = (
+        f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
+        for tower in ("encoder", "decoder")
+    )
     text = TEMPLATE.format(
         name=name,
-        works=in_words(
-            config, *(f"`{shown(arguments[part]) or parts_of.format(part)}`" for part in ("encoder", "decoder"))
-        ),
-        dim=config.embedding_size,
-        instruction=config.query_instruction or plan["datasets"][0]["instructions"][0],
-        query_instruction=f"`{config.query_instruction}`"
-        if config.query_instruction
-        else "none unless it is given one",
+        adapter=ADAPTER if Path(folder, "adapter_config.json").is_file() else "",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
         final_loss=facts["final_loss"],
-        datasets="\n".join(map(dataset_row, plan["datasets"])),
+        datasets="\n".join(map(dataset_row, plan["datasets"], sources)),
         results=results_table(scores),
         truncation=truncation(arguments.get("matryoshka_dims")),
         licence="The weights carry the licences of their base models and of the training data; see there before use.",
-        code=code_table(folder),
+        **card_sections(folder, config, encoder, decoder, plan["datasets"][0]["instructions"][0]),
         **{key: arguments[key] for key in ("temperature", "learning_rate", "seed", "train_decoder", "train_encoder")},
-        **{key: getattr(config, key) for key in ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")},
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
 
@@ -148,9 +132,10 @@ def results_table(scores: list) -> str:
     return "\n".join(["## Results", "", "| dataset | task | metric | score |", "|---|---|---|---|", *rows, "", ""])
 
 
-def dataset_row(dataset: dict) -> str:
+def dataset_row(dataset: dict, origin: str) -> str:
     counts = [f"{dataset[key]:,}" if key in dataset else "streamed" for key in ("rows", "rows_per_epoch")]
-    return f"| {' | '.join([dataset['name'], *counts, '; '.join(dataset['instructions'])])} |"
+    licence = dataset.get("license") or "licence not recorded"
+    return f"| {' | '.join([dataset['name'], origin, *counts, licence, '; '.join(dataset['instructions'])])} |"
 
 
 def truncation(dims: list[int] | None) -> str:
@@ -160,9 +145,16 @@ def truncation(dims: list[int] | None) -> str:
     return "`truncate_dim` works, but shorter vectors were not trained for."
 
 
+def source(path: str | None) -> str:
+    """Where a dataset came from, as a card shows it: a Hub id, or a file's name."""
+    if path is None:
+        return "not recorded"
+    return Path(path).name if path.endswith(SUFFIXES) else path
+
+
 def shown(name: str | None) -> str | None:
     """A name as a card shows it: of a folder, only the last part, because the rest belongs to one machine."""
-    return name if name is None or is_hub_id(name) else Path(name).name
+    return name if name is None or is_hub_id(name) else Path(name).resolve().name
 
 
 def without_machine_paths(value):

@@ -5,13 +5,15 @@ an error that says what would work.
 """
 
 import copy
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    raise ImportError(f"Causal2Vec needs torch 2.11 or newer, got {torch.__version__}: pip install -U torch")
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
     raise ImportError(
         f"Causal2Vec needs transformers 5.17 or newer, got {transformers.__version__}: pip install -U transformers"
@@ -19,6 +21,12 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+
+try:
+    from .saving_utils import is_hub_id, new_files
+except ImportError:  # imported from a clone, where these files are top-level modules
+    from saving_utils import is_hub_id, new_files
 
 
 if TYPE_CHECKING:
@@ -221,6 +229,13 @@ class Causal2VecConfig(PreTrainedConfig):
                 part.pop("_name_or_path", None)
         return values
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As everywhere in transformers; also into the folder that this code was imported from."""
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with new_files(save_directory) as temporary:
+            super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The decoder's text configuration (the encoder's for `encoder=True` alone): vocabulary, layers, cache."""
         backbone = self.encoder_config if encoder and not decoder and self.has_encoder else self.decoder_config
@@ -283,11 +298,6 @@ _TYPES = {
     "bidirectional": bool,
     "baseline": (str, type(None)),
 }
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name is an id on the Hub, `owner/name`, and not a folder."""
-    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _check_types(config: Causal2VecConfig) -> None:

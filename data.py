@@ -40,6 +40,7 @@ class DatasetSpec:
         symmetric (list of `str`): Those of them under which documents carry the instruction too.
         sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch. In streaming, where the number
             of rows is not known, how often it is its turn, relative to the others.
+        license (`str`, *optional*): For the model's card.
     """
 
     name: str
@@ -47,6 +48,7 @@ class DatasetSpec:
     instructions: list[str]
     symmetric: list[str] = field(default_factory=list)
     sample_ratio: float = 1.0
+    license: str | None = None
 
     def __post_init__(self):
         if not self.instructions or not all(isinstance(text, str) for text in self.instructions):

@@ -11,7 +11,6 @@ configuration; the methods that the paper compares with are in baselines.py, as 
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +31,7 @@ try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from .prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
-    from .saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -44,7 +43,7 @@ except ImportError:  # imported from a clone, where these files are top-level mo
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
-    from saving_utils import move_into, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -197,7 +196,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def get_encoder_states(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor):
         """The encoder's last hidden state `(batch, encoder_seq_len, encoder_hidden_size)` and its mask."""
         # Real tokens first: an encoder with absolute positions counts from the left, padding included.
-        order = encoder_attention_mask.argsort(dim=-1, descending=True, stable=True)  # (batch, encoder_seq_len)
+        length = encoder_ids.shape[1]
+        places = torch.arange(length, device=encoder_ids.device)  # (encoder_seq_len,)
+        places = torch.where(encoder_attention_mask == 0, places + length, places)  # no ties: ONNX has no stable sort
+        order = places.argsort(dim=-1)  # (batch, encoder_seq_len)
         encoder_ids, encoder_attention_mask = encoder_ids.gather(-1, order), encoder_attention_mask.gather(-1, order)
         states = self.encoder(input_ids=encoder_ids, attention_mask=encoder_attention_mask).last_hidden_state
         return states, encoder_attention_mask
@@ -576,8 +578,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
         if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
             return super().save_pretrained(save_directory, **kwargs)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+        with new_files(target) as temporary:
             super().save_pretrained(temporary, **kwargs)
             if self._processor is not None:
                 self.processor_class.from_config(
@@ -588,7 +589,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 shutil.copyfile(self._instructions_file, Path(temporary, "instructions.json"))
             if not (target / "README.md").exists():
                 write_plain_card(temporary, self.config)
-            move_into(Path(temporary), target)
         refresh_hashes(target)
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 
@@ -541,9 +542,54 @@ def load_backend(
     )
 
 
-def load_for_mteb(name: str, revision: str | None = None, device: str | None = None, **kwargs) -> MTEBEncoder:
-    """The loader in our `ModelMeta`: `mteb.evaluate(meta, tasks)` comes here."""
-    location = locate(name, revision)
+def register(model: str, revision: str | None = None, name: str | None = None) -> str:
+    """
+    Makes a checkpoint known to mteb, so that `mteb.get_model(register(model))` loads it. Weights are not read yet.
+
+    Args:
+        model: A folder or Hub id of Causal2Vec.
+        revision: Of a Hub id: branch, tag or commit.
+        name: What mteb calls it, `owner/name`. Defaults to the Hub id, or `local/` and the folder's name.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: the checkpoint is not one of Causal2Vec's; `mteb.get_model` loads such models by itself.
+    """
+    import torch
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    from configuration_causal2vec import Causal2VecConfig
+    from modeling_causal2vec import Causal2VecModel
+
+    location = locate(model, revision, name)
+    if not location.is_causal2vec:
+        raise ValueError(f"{model} is not a Causal2Vec checkpoint; mteb.get_model({model!r}) loads it without this.")
+    config = Causal2VecConfig.from_pretrained(location.path, revision=location.commit or "main")
+    with torch.device("meta"):
+        shapes = Causal2VecModel(config)
+    meta = model_meta(location, Causal2VecBackend(shapes))
+    MODEL_REGISTRY[meta.name] = meta
+    return meta.name
+
+
+def load_for_mteb(
+    name: str, revision: str | None = None, device: str | None = None, path: str | None = None, **kwargs
+) -> MTEBEncoder:
+    """
+    The loader in our `ModelMeta`: `mteb.get_model` and `mteb.evaluate(meta, tasks)` come here.
+
+    Args:
+        name: What mteb calls the model.
+        path: Folder or Hub id. Defaults to the name.
+
+    Raises:
+        ValueError: the folder is no longer what `revision` stands for.
+    """
+    location = locate(path or name, revision, name if path else None)
+    if location.commit is None and revision not in (None, location.revision):
+        raise ValueError(f"{location.path} has changed: its revision was {revision} and is {location.revision}.")
     backend = load_backend(location, device=device, **kwargs)
     instructions = ROOT / "instructions.json"
     settings = {"label": name, "model": name, "revision": location.revision, "dtype": kwargs.get("dtype", "fp32")}
@@ -559,7 +605,7 @@ def model_meta(location: Location, backend):
 
     parameters = list(backend.model.parameters())
     return ModelMeta(
-        loader=load_for_mteb,
+        loader=partial(load_for_mteb, path=location.path),
         name=location.name,
         revision=location.revision,
         release_date=None,

@@ -2,6 +2,7 @@
 
     python push_to_hub.py runs/mine/model user/name --dry_run     # checks, and lists what would go
     python push_to_hub.py runs/mine/model user/name
+    python push_to_hub.py . user/name                             # this repository itself
 
 A folder goes out when a stranger could use it: all files are there and whole, the card is complete, nothing is unsafe to
 load or names a path of this machine, and the model loads and embeds in a fresh process without a network. Everything
@@ -56,7 +57,10 @@ assert vectors.shape == (2, model.config.embedding_size) and torch.isfinite(vect
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """What belongs to the model, relative to the folder: in a git clone the tracked files, else all but hidden ones."""
+    """
+    What belongs to the model, relative to the folder: in a git clone the tracked files, else all but hidden ones and what
+    the scripts of this repository leave behind.
+    """
     if (folder / ".git").exists():
         listed = subprocess.run(
             ["git", "-C", str(folder), "ls-files", "-z"], capture_output=True, text=True, check=True
@@ -65,7 +69,10 @@ def files_to_push(folder: Path) -> list[Path]:
     else:
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return sorted(
-        file for file in files if not any(part.startswith(".") or part == "__pycache__" for part in file.parts)
+        file
+        for file in files
+        if not any(part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info") for part in file.parts)
+        and not any(file.is_relative_to(made) for made in ("runs", "bases/encoder"))
     )
 
 
@@ -182,7 +189,7 @@ def card_problems(folder: Path, is_adapter: bool) -> Iterator[str]:
     if not is_adapter and (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         instruction = config.get("query_instruction")
-        expected["the instruction of queries"] = (instruction or "instruction") in text
+        expected["the instruction of queries"] = (instruction or "instruction") in " ".join(text.split())
         size = embedding_size(config)
         expected[f"the embedding's size ({size})"] = size is None or str(size) in text
         for name, digest in code_hashes(folder).items():
@@ -274,10 +281,11 @@ def main(argv: list[str] | None = None) -> int:
         files = check(args.folder, args.max_gb * 1e9)
         for file in files:
             print(f"{(args.folder / file).stat().st_size:>15,}  {file.as_posix()}")
+        what = f"{len(files)} files, {sum((args.folder / file).stat().st_size for file in files) / 1e6:,.1f} MB"
         if args.dry_run:
-            print(f"Would push {len(files)} files to {args.repo_id}.")
+            print(f"Would push {what}, to {args.repo_id}.")
         else:
-            print(f"Pushed {len(files)} files: {push(args.folder, files, args)}")
+            print(f"Pushed {what}: {push(args.folder, files, args)}")
     except (OSError, ValueError, RuntimeError) as error:  # what this script and huggingface_hub raise for users
         print(f"push_to_hub.py: error: {error}", file=sys.stderr)
         return 2

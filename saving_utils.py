@@ -8,13 +8,10 @@ import hashlib
 import json
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-
-try:
-    from .configuration_causal2vec import is_hub_id
-except ImportError:  # imported from a clone, where these files are top-level modules
-    from configuration_causal2vec import is_hub_id
 
 
 # Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
@@ -46,33 +43,45 @@ tags:
 
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per
-text, compared by cosine. It needs `torch` and `transformers` (5.17 or newer).
+{use}
+## Limits
+
+{limits} What the weights were trained on, their scores and their licence were not recorded when this folder was saved;
+state them here before you publish it.
+
+## Code and pinning
+
+{code}
+"""
+
+# What every card says, a run's too (card.py).
+_USE = """A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per text,
+compared by cosine. It needs `torch` 2.11 and `transformers` 5.17, or newer ones; below them it stops with an error.
 
 ```python
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained("path or id", revision="<40-digit commit>", trust_remote_code=True)
-queries = model.encode(["what is looked for"], instruction={instruction!r})
-passages = model.encode(["a passage", "another one"])
+model = AutoModel.from_pretrained("path or id", trust_remote_code=True)
+queries = model.encode(["how much protein should a female eat"], instruction={instruction!r})
+passages = model.encode(["As a general guideline, women need 46 grams of protein per day."])
 print(queries @ passages.T)
 ```
 
-With sentence-transformers: `SentenceTransformer("path or id", trust_remote_code=True)` gives the same vectors from
-`encode`, `encode_query` and `encode_document`.
-
-## Limits
-
-Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut, what the encoder reads
-at {encoder_max_seq_length}. What the weights were trained on, their scores and their licence were not recorded when this
-folder was saved; state them here before you publish it.
-
-## Code in this folder
-
-Loading runs it; read it, then pin the commit that you have read with `revision=`.
-
-{hashes}
+Queries carry an instruction, passages none. `encode_query` uses {query_instruction}; `instructions.json` has those of
+MTEB's tasks. With sentence-transformers, `SentenceTransformer("path or id", trust_remote_code=True)` gives the same
+vectors; a `prompt` is an instruction.
 """
+_LIMITS = """Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end,
+what the encoder reads at {encoder_max_seq_length}."""
+_CODE = """Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
+commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.
+
+{hashes}"""
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is an id on the Hub, `owner/name`, and not a folder."""
+    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def write_sentence_transformers_files(folder: str | Path, config) -> None:
@@ -93,24 +102,40 @@ def write_sentence_transformers_files(folder: str | Path, config) -> None:
         Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def card_sections(
+    folder: str | Path, config, encoder: str | None, decoder: str, instruction: str | None = None
+) -> dict:
+    """
+    What every card says of its model: `use`, `limits` (of length) and `code`, as Markdown.
+
+    Args:
+        encoder, decoder (`str`): What the card calls them.
+        instruction (`str`, *optional*): For the example, where the configuration has none.
+    """
+    stored = config.query_instruction
+    lengths = ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
+    return {
+        "use": _USE.format(
+            works=in_words(config, encoder, decoder),
+            dim=config.embedding_size,
+            instruction=stored or instruction or "Given a question, retrieve passages that answer it",
+            query_instruction=f"`{stored}`" if stored else "none unless it is given one",
+        ),
+        "limits": _LIMITS.format(**{name: getattr(config, name) for name in lengths}),
+        "code": _CODE.format(hashes=code_table(folder)),
+    }
+
+
 def write_plain_card(folder: str | Path, config) -> None:
     """Writes a model card that says what the configuration and the code say, and nothing about training."""
     parts = tuple(filter(None, (config, config.encoder_config, config.decoder_config)))
     bases = [part.name_or_path for part in parts if is_hub_id(part.name_or_path)]
+    encoder = config.encoder_config and f"an encoder of type `{config.encoder_config.model_type}`"
+    decoder = f"a decoder of type `{config.decoder_config.model_type}`"
     text = _CARD.format(
         name=config.name_or_path.rsplit("/", 1)[-1] if is_hub_id(config.name_or_path) else "Causal2Vec",
         base_model="".join(["base_model:\n", *(f"- {base}\n" for base in dict.fromkeys(bases))]) if bases else "",
-        works=in_words(
-            config,
-            config.encoder_config and f"an encoder of type `{config.encoder_config.model_type}`",
-            f"a decoder of type `{config.decoder_config.model_type}`",
-        ),
-        dim=config.embedding_size,
-        instruction=config.query_instruction or "Given a question, retrieve passages that answer it",
-        max_seq_length=config.max_seq_length,
-        icl_max_seq_length=config.icl_max_seq_length,
-        encoder_max_seq_length=config.encoder_max_seq_length,
-        hashes=code_table(folder),
+        **card_sections(folder, config, encoder, decoder),
     )
     Path(folder, "README.md").write_text(text, encoding="utf-8")
 
@@ -154,6 +179,19 @@ def code_hashes(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each shipped Python file that the folder has."""
     paths = [Path(folder, name) for name in SHIPPED_CODE]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+
+
+@contextmanager
+def new_files(target: str | Path) -> Iterator[Path]:
+    """
+    Gives a new folder and moves what was written there into `target` at the end. Where an error came up, `target` stays as
+    it was; code that was imported from `target` can be saved into it.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+        yield Path(temporary)
+        move_into(Path(temporary), target)
 
 
 def move_into(source: Path, target: Path) -> None:

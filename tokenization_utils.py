@@ -12,10 +12,17 @@ before the instruction means `[prompt_head] [slot] [examples + instruction] [tex
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
+
+
+try:
+    from .saving_utils import new_files
+except ImportError:  # imported from a clone, where these files are top-level modules
+    from saving_utils import new_files
 
 
 logger = logging.get_logger(__name__)
@@ -138,11 +145,15 @@ class Causal2VecProcessor(ProcessorMixin):
             arrays += self._encode_for_encoder(texts)
         return BatchFeature(dict(zip(self.model_input_names, arrays)), tensor_type=return_tensors)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As everywhere in transformers."""
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As everywhere in transformers; also into the folder that this code was imported from."""
         if self.encoder_tokenizer is not None:
             self.encoder_tokenizer("")  # or its file would hold the truncation of the last call
-        return super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with new_files(save_directory) as temporary:
+            files = super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
+        return [str(Path(save_directory, Path(file).relative_to(temporary))) for file in files]
 
     @property
     def model_input_names(self) -> list[str]:

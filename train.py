@@ -460,7 +460,8 @@ def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch:
     counted = isinstance(batches, SingleDatasetBatchSampler)
     plan = {"datasets": []}
     for index, spec in enumerate(batches.data.specs):
-        dataset = {"name": spec.name, "sample_ratio": spec.sample_ratio, "instructions": spec.instructions}
+        fields = ("name", "path", "sample_ratio", "instructions", "license")
+        dataset = {field: getattr(spec, field) for field in fields}
         if counted:
             dataset["rows"] = len(batches.data.rows[index])
             dataset["rows_per_epoch"] = batches.rows_per_epoch[index]
@@ -611,7 +612,7 @@ def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments
     log = trainer.state.log_history
     facts = {
         "arguments": without_machine_paths(arguments),
-        "plan": plan,
+        "plan": without_machine_paths(plan),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),

@@ -177,6 +177,40 @@ def saved_dir(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def run_facts() -> dict:
+    """What a card needs of a run's training.json."""
+    return {
+        "arguments": {
+            "encoder": "intfloat/e5-base-v2",
+            "decoder": "Qwen/Qwen3-0.6B",
+            "model": None,
+            "temperature": 0.05,
+            "learning_rate": 1e-4,
+            "seed": 1,
+            "train_decoder": "lora",
+            "train_encoder": "frozen",
+            "matryoshka_dims": [16],
+        },
+        "plan": {
+            "global_batch_size": 8,
+            "datasets": [
+                {
+                    "name": "nli",
+                    "path": "sentence-transformers/all-nli",
+                    "rows": 1000,
+                    "rows_per_epoch": 800,
+                    "instructions": ["find similar"],
+                    "license": "CC BY-SA 4.0",
+                },
+                {"name": "own", "path": "sub/own.jsonl", "rows": 10, "rows_per_epoch": 8, "instructions": ["a", "b"]},
+            ],
+        },
+        "steps": 3,
+        "final_loss": 1.5,
+    }
+
+
+@pytest.fixture(scope="session")
 def bundled_dir() -> Path:
     """The repository's root, if it is a checkpoint."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "encoder_tokenizer"):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,6 +234,7 @@ def test_encode_writes_npy(tmp_path, model_dir, tiny_model, capsys):
 
 
 def test_encode_writes_parquet(tmp_path, model_dir, tiny_model):
+    pq = pytest.importorskip("pyarrow.parquet")
     path = write_rows(tmp_path / "a.jsonl", [{"body": text} for text in ("one", "zwei 🙂", "", "\ud800")])
     output = tmp_path / "a.parquet"
     assert embed.main(["encode", path, "-o", str(output), "--text_column", "body", "--model", model_dir]) == 0

@@ -550,7 +550,7 @@ def test_model_meta_says_what_the_model_is(checkpoint, tiny_model, tmp_path):
     (folder / "README.md").write_text("---\ndatasets:\n- org/one\n- two\nlicense: apache-2.0\n---\n# Model\n")
     meta = mteb_encoder.load_for_mteb(str(folder)).mteb_model_meta
     assert meta.name == "local/model" and meta.revision == mteb_encoder.folder_identity(folder, True)
-    assert meta.loader is mteb_encoder.load_for_mteb
+    assert meta.loader.func is mteb_encoder.load_for_mteb
     assert meta.embed_dim == 2 * tiny_model.config.hidden_size and meta.max_tokens == tiny_model.config.max_seq_length
     assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
     assert meta.training_datasets == {"org/one", "two"} and meta.use_instructions

@@ -113,31 +113,12 @@ def fresh(hub):
 
 
 @pytest.fixture(scope="module")
-def complete_dir(tiny_model, tmp_path_factory) -> Path:
+def complete_dir(tiny_model, run_facts, tmp_path_factory) -> Path:
     """The tiny model in three shards, with a card that lacks nothing."""
     folder = tmp_path_factory.mktemp("complete") / "model"
     tiny_model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) >= 2
-    facts = {
-        "arguments": {
-            "encoder": "intfloat/e5-base-v2",
-            "decoder": "Qwen/Qwen3-0.6B",
-            "model": None,
-            "temperature": 0.05,
-            "learning_rate": 1e-4,
-            "seed": 1,
-            "train_decoder": "lora",
-            "train_encoder": "frozen",
-            "matryoshka_dims": [16],
-        },
-        "plan": {
-            "global_batch_size": 8,
-            "datasets": [{"name": "nli", "rows": 10, "rows_per_epoch": 8, "instructions": ["find similar"]}],
-        },
-        "steps": 3,
-        "final_loss": 1.5,
-    }
-    write_card(folder, facts, tiny_model, "tester/complete", licence="apache-2.0")
+    write_card(folder, run_facts, tiny_model, "tester/complete", licence="apache-2.0")
     return folder
 
 
@@ -394,7 +375,37 @@ def test_dry_run_lists_what_would_go(complete_dir, capsys):
     assert code == 0, err
     listed = {line.split()[-1] for line in out.splitlines()[:-1]}
     assert listed == {path.relative_to(complete_dir).as_posix() for path in complete_dir.rglob("*") if path.is_file()}
-    assert out.splitlines()[-1] == f"Would push {len(listed)} files to tester/x."
+    size = sum(path.stat().st_size for path in complete_dir.rglob("*") if path.is_file())
+    assert out.splitlines()[-1] == f"Would push {len(listed)} files, {size / 1e6:,.1f} MB, to tester/x."
+
+
+def test_the_repository_itself_can_be_pushed(bundled_dir, capsys):
+    """Its card lacks nothing, and what training and tests leave in a clone stays there."""
+    code, out, err = run_script(str(bundled_dir), "tester/x", "--dry_run", capsys=capsys)
+    assert code == 0, err
+    listed = {line.split()[-1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()[:-1]}
+    assert listed["model.safetensors"] == (bundled_dir / "model.safetensors").stat().st_size
+    assert {"README.md", "train.py", "instructions.json", "recipes/tiny.json", *SHIPPED_CODE} <= set(listed)
+    assert not [name for name in listed if name.startswith((".", "runs/", "bases/encoder/")) or "cache__" in name]
+
+
+def test_what_is_made_in_a_folder_does_not_go(complete_dir, tmp_path):
+    from push_to_hub import files_to_push
+
+    folder = shutil.copytree(complete_dir, tmp_path / "model")
+    before = files_to_push(folder)
+    for name in (
+        "runs/mine/model/model.safetensors",
+        "bases/encoder/config.json",
+        ".venv/x.py",
+        ".venv-oldest/x.py",
+        "a.egg-info/x",
+        "tests/__pycache__/x.pyc",
+        ".pytest_cache/x",
+    ):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    assert files_to_push(folder) == before and len(before) > 10
 
 
 def test_script_pushes_in_one_commit(client, hub, complete_dir, tiny_model, tmp_path):

@@ -3,8 +3,12 @@
 Skipped only where a package is not installed: pip install -e ".[integrations]".
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from conftest import TEXTS
 
 
@@ -126,13 +130,73 @@ def test_lancedb(documents, query, best, tmp_path):
     assert np.abs(1 - np.array([row["_distance"] for row in found]) - (documents @ query)[best[:3]]).max() < 1e-5
 
 
-def test_mteb_loads_it_by_our_model_meta(saved_dir, tiny_model):
-    pytest.importorskip("mteb")
+def test_onnx(tiny_model, tmp_path):
+    """Other batches, lengths and paddings than at the export; README.md has the same on the bundled checkpoint."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    inputs = dict(tiny_model.processor(TEXTS[:2], instruction=INSTRUCTION))
+    sizes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(
+        tiny_model, (), file, kwargs=inputs, dynamic_shapes=sizes, input_names=[*inputs], output_names=["embeddings"]
+    )
+    session = onnxruntime.InferenceSession(file)
+    for texts, instruction in ((TEXTS, None), (TEXTS[3:], INSTRUCTION), (["word " * 300, "x"], "Find")):
+        inputs = dict(tiny_model.processor(texts, instruction=instruction))
+        padded_left = {name: tensor.flip(-1) if "mask" in name else tensor for name, tensor in inputs.items()}
+        for name in ("input_ids", "encoder_ids"):
+            mask = padded_left["attention_mask" if name == "input_ids" else "encoder_attention_mask"].bool()
+            padded_left[name] = torch.zeros_like(inputs[name]).masked_scatter(mask, inputs[name][mask.flip(-1)])
+        for rows in (inputs, padded_left):
+            with torch.no_grad():
+                expected = tiny_model(**rows).embeddings.numpy()
+            (found,) = session.run(None, {name: tensor.numpy() for name, tensor in rows.items()})
+            assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.fixture
+def mteb(monkeypatch):
+    """With its registry as it was, after the test."""
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import get_model_meta, model_implementations
+
+    registry = dict(model_implementations.MODEL_REGISTRY)
+    monkeypatch.setattr(model_implementations, "MODEL_REGISTRY", registry)
+    monkeypatch.setattr(get_model_meta, "MODEL_REGISTRY", registry)
+    return mteb
+
+
+def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
+    """By name, with our loader; mteb scores it as the model that it is."""
+    from mteb_encoder import register
+
+    name = register(str(saved_dir), name="tester/tiny")
+    assert name == "tester/tiny"
+    meta = mteb.get_model_meta(name)
+    assert meta.embed_dim == 2 * tiny_model.config.hidden_size and len(meta.revision) == 40
+    assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
+    assert str(saved_dir) not in str(meta.to_dict())
+
+    model = mteb.get_model(name)
+    assert model.mteb_model_meta.name == name and model.mteb_model_meta.revision == meta.revision
+    from mteb.mocks.mock_tasks import MockSTSTask
+
+    from mteb_encoder import Instructions
+
+    model.instruction_for = Instructions({"MockSTSTask": INSTRUCTION})
+    result = mteb.evaluate(model, MockSTSTask(), cache=None, co2_tracker=False, show_progress_bar=False)
+    assert result.model_name == name and result.model_revision == meta.revision
+
+
+def test_mteb_is_told_what_cannot_be_registered(mteb, saved_dir, backbone_dir, tmp_path):
     import mteb_encoder
 
-    location = mteb_encoder.locate(str(saved_dir), None)
-    meta = mteb_encoder.model_meta(location, mteb_encoder.load_backend(location, device="cpu"))
-    model = mteb_encoder.load_for_mteb(str(saved_dir), device="cpu")
-    assert model.mteb_model_meta.name == meta.name and meta.loader is mteb_encoder.load_for_mteb
-    assert meta.embed_dim == 2 * tiny_model.config.hidden_size
-    assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
+    with pytest.raises(ValueError, match="not a Causal2Vec checkpoint"):
+        mteb_encoder.register(backbone_dir("bert"))
+    folder = shutil.copytree(saved_dir, tmp_path / "model")
+    name = mteb_encoder.register(str(folder))
+    assert name == "local/model"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "query_instruction": "another"}))
+    with pytest.raises(ValueError, match="has changed"):
+        mteb.get_model(name)

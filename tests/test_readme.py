@@ -1,11 +1,19 @@
-"""README.md: every Python snippet runs as written and prints what it says, every command names a script and its options."""
+"""README.md: every Python snippet runs as written and prints what it says, a newcomer's commands run too, and every other
+command names a script and its options."""
 
 import ast
 import contextlib
 import io
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -16,6 +24,7 @@ from saving_utils import code_hashes
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATHS = ("path/to/clone", "path/to/this/folder", "path or id")  # what a reader replaces
+TRAINED = "runs/mine/model"  # what the commands of "Train on your own data" leave
 NUMBER = re.compile(r"-?\d+\.\d+|-?\d+")
 
 
@@ -39,13 +48,16 @@ def test_the_readme_has_snippets():
 
 
 @pytest.mark.parametrize("code", snippets("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_snippet(code, bundled_dir):
+def test_python_snippet(code, bundled_dir, request, tmp_path, monkeypatch):
     names = {node.names[0].name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import)}
     names |= {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)}
     for name in names:
-        pytest.importorskip(name.split(".")[0])
+        pytest.importorskip(name)
     for path in PATHS:
         code = code.replace(path, str(bundled_dir))
+    if TRAINED in code:
+        code = code.replace(TRAINED, str(request.getfixturevalue("clone") / TRAINED))
+    monkeypatch.chdir(tmp_path)  # for what it writes
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         exec(compile(code, "README.md", "exec"), {})
@@ -54,6 +66,58 @@ def test_python_snippet(code, bundled_dir):
     assert len(found) == len(expected), f"printed {output.getvalue()!r}, the README says {told!r}"
     assert found == pytest.approx(expected, abs=2e-3)
     assert NUMBER.sub("", output.getvalue()).split() == NUMBER.sub("", told).split()
+
+
+def run_bash(code: str, folder: Path) -> str:
+    """Runs commands in a folder with this Python, and without a network: what pip is asked for must be there."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PIP_NO_INDEX": "1"}
+    result = subprocess.run(["bash", "-euc", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(bundled_dir, tmp_path_factory) -> Path:
+    """A folder that looks like the repository, in which the bundled checkpoint was trained on the README's own rows."""
+    for name in ("accelerate", "datasets", "tensorboard", "matplotlib"):
+        pytest.importorskip(name)
+    folder = tmp_path_factory.mktemp("clone")
+    for path in bundled_dir.iterdir():
+        if not path.name.startswith(".") and path.name not in ("runs", "mine"):
+            (folder / path.name).symlink_to(path)
+    (block,) = [code for code in snippets("bash") if "mine/rows.jsonl" in code]
+    run_bash(block, folder)
+    assert json.loads((folder / "runs/mine/training.json").read_text(encoding="utf-8"))["steps"] == 10
+    return folder
+
+
+def test_files_are_searched_and_encoded(clone):
+    (block,) = [code for code in snippets("bash") if "embed.py search" in code]
+    (clone / "texts.txt").write_text("one\ntwo\n", encoding="utf-8")
+    told = run_bash("\n".join(line for line in block.splitlines() if line.startswith("python")), clone)
+    assert "README.md" in told
+    assert np.load(clone / "vectors.npy").shape == (2, 768)
+
+
+def test_a_newcomers_model_can_be_pushed(clone):
+    (block,) = [code for code in snippets("bash") if f"card.py {TRAINED}" in code]
+    lines = block.splitlines()
+    assert lines[2] == lines[1].split(" --dry_run")[0]  # the same without --dry_run, which test_hub.py tests
+    told = run_bash("\n".join(lines[:2]), clone)
+    assert re.search(r"\d+,\d\d\d,\d\d\d  model.safetensors", told)
+    assert told.splitlines()[-1].startswith("Would push") and told.splitlines()[-1].endswith("to user/name.")
+    card = (clone / TRAINED / "README.md").read_text(encoding="utf-8")
+    assert "| help | rows.jsonl | 4 | 4 | ours | Given a customer's question, retrieve the answer |" in card
+
+
+def test_what_pip_is_asked_for_is_what_the_project_needs():
+    lines = [line for code in snippets("bash") for line in code.splitlines() if line.startswith("pip install")]
+    lines += re.findall(r"`(pip install [^`]*)`", TEXT)
+    asked = {re.split(r"[<>=\[]", word)[0] for line in lines for word in shlex.split(line)[2:]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    assert len(asked) >= 8 and asked <= {re.split(r"[<>=\[]", word)[0] for word in needed}
 
 
 def commands() -> list[str]:

@@ -105,6 +105,8 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(run, tmp_path, mon
     # The adapter's folder by itself, as for any of transformers' models: it names its base.
     alone = AutoModel.from_pretrained(tmp_path / "run" / "adapter", trust_remote_code=True)
     assert abs(alone.encode(TEXTS, instruction="find") - after).max() < 1e-5
+    assert "an adapter alone" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "an adapter alone" not in (folder / "README.md").read_text()
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for part in ("encoder.", "decoder.", "projector."):
         assert any(part in name for name in tensors), part

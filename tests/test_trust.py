@@ -5,17 +5,18 @@ What the shipped code may import and call is tested in test_remote_code.py.
 
 import importlib.util
 import json
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import ROOT, TEXTS, decoder_tokenizer, wordpiece_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -188,18 +189,43 @@ class TestWhatIsShipped:
         assert [file for file in files if file.suffix in PICKLES] == []
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.16.2"])
-def test_older_transformers_are_refused_in_words(monkeypatch, version):
-    other = types.ModuleType("transformers")
+@pytest.mark.parametrize(
+    "package, version, oldest",
+    [
+        ("transformers", "4.57.1", "5.17"),
+        ("transformers", "5.16.2", "5.17"),
+        ("torch", "2.10.0+cpu", "2.11"),
+        ("torch", "1.13.1", "2.11"),
+    ],
+)
+def test_older_packages_are_refused_in_words(monkeypatch, package, version, oldest):
+    other = types.ModuleType(package)
     other.__version__ = version
-    monkeypatch.setitem(sys.modules, "transformers", other)
+    monkeypatch.setitem(sys.modules, package, other)
     spec = importlib.util.spec_from_file_location("old", ROOT / "configuration_causal2vec.py")
-    with pytest.raises(ImportError, match=f"needs transformers 5.17 or newer, got {version}"):
+    with pytest.raises(ImportError, match=rf"needs {package} {oldest} or newer, got {re.escape(version)}"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_newer_transformers_are_not(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+def test_the_oldest_packages_are_the_same_everywhere(saved_dir):
+    """In the error, the requirements, the cards and what CI installs."""
+    code = (ROOT / "configuration_causal2vec.py").read_text()
+    told = {
+        "requirements": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"],
+        "CI": (ROOT / "Makefile").read_text(),
+        "README": (ROOT / "README.md").read_text(),
+        "card": (saved_dir / "README.md").read_text(),
+    }
+    for package, oldest in (("torch", "2.11"), ("transformers", "5.17")):
+        assert f"needs {package} {oldest} or newer" in code
+        assert any(line.startswith(f"{package}>={oldest}") for line in told["requirements"])
+        assert f"{package}=={oldest}.0" in told["CI"]
+        assert f"`{package}` {oldest}" in told["README"] and f"`{package}` {oldest}" in told["card"]
+
+
+@pytest.mark.parametrize("package, version", [("transformers", "6.0.0.dev0"), ("torch", "3.0.0a0+git1234")])
+def test_newer_packages_are_not(monkeypatch, package, version):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
     spec = importlib.util.spec_from_file_location("new", ROOT / "configuration_causal2vec.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -220,6 +246,26 @@ class TestSaving:
             path: path.read_bytes() for path in clone.rglob("*") if path.is_file() and "__pycache__" not in str(path)
         }
         assert after == before
+
+    @pytest.mark.parametrize("what", ["config", "processor"])
+    def test_parts_over_the_folder_that_the_code_came_from(self, saved_dir, tmp_path, what):
+        """transformers copies the code file onto itself; what was changed is there, and nothing else is."""
+        clone = shutil.copytree(saved_dir, tmp_path / "clone")
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
+            "from modeling_causal2vec import Causal2VecModel as M\n"
+            "part = getattr(M.from_pretrained(sys.argv[1]), sys.argv[2])\n"
+            "part.max_seq_length = 99\n"
+            "print(part.save_pretrained(sys.argv[1]))"
+        )
+        before = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
+        result = subprocess.run([sys.executable, "-c", code, clone, what], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        name = "config.json" if what == "config" else "processor_config.json"
+        assert result.stdout.strip() == ("None" if what == "config" else str([str(clone / name)]))
+        after = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
+        assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {clone / name}
+        assert json.loads(after[clone / name])["max_seq_length"] == 99
 
     def test_no_path_of_this_machine(self, saved_dir):
         text = "".join(path.read_text() for path in saved_dir.glob("*.json") if path.name != "tokenizer.json")

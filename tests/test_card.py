@@ -1,0 +1,88 @@
+"""card.py: every fact of a run and every score is in its card, where the Hub looks for it and where people do."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+
+import card
+from configuration_causal2vec import Causal2VecConfig
+
+
+@pytest.fixture
+def folder(saved_dir, run_facts, tmp_path):
+    """What card.py needs of a trained folder."""
+    for name in ("config.json", "packing.py"):
+        (tmp_path / name).write_bytes((saved_dir / name).read_bytes())
+    (tmp_path / "training.json").write_text(json.dumps(run_facts))
+    return tmp_path
+
+
+def made(folder, *flags) -> ModelCard:
+    card.main([str(folder), *map(str, flags)])
+    return ModelCard.load(folder / "README.md")
+
+
+def test_what_the_card_says(folder):
+    found = made(folder, "--name", "tester/tiny", "--license", "apache-2.0")
+    data = found.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
+    assert data["base_model"] == ["intfloat/e5-base-v2", "Qwen/Qwen3-0.6B"]
+    assert data["datasets"] == ["sentence-transformers/all-nli"]
+    config = Causal2VecConfig.from_pretrained(folder)
+    for line in (
+        "# tester/tiny",
+        "`intfloat/e5-base-v2` reads the text",
+        "`Qwen/Qwen3-0.6B` reads with the text",
+        f"{2 * config.hidden_size} numbers per text",
+        "`torch` 2.11 and",
+        "`transformers` 5.17, or newer",
+        f"`encode_query` uses `{config.query_instruction}`",
+        "3 steps of 8 rows, temperature 0.05, peak learning rate 0.0001, seed 1",
+        "decoder: lora, encoder: frozen. Final loss 1.5000",
+        "| nli | sentence-transformers/all-nli | 1,000 | 800 | CC BY-SA 4.0 | find similar |",
+        "| own | own.jsonl | 10 | 8 | licence not recorded | a; b |",
+        f"longer than {config.max_seq_length} tokens (with in-context examples {config.icl_max_seq_length})",
+        f"what the encoder reads at {config.encoder_max_seq_length}",
+        "`truncate_dim` was trained for 16 numbers",
+        'revision="<40-digit commit>"',
+    ):
+        assert line in " ".join(found.text.split()), line
+    assert re.search(r"`packing.py` \| `[0-9a-f]{64}`", found.text)
+
+
+def test_names_that_are_folders(folder, run_facts):
+    """Only the last part of a path; `.` has one too."""
+    arguments = {**run_facts["arguments"], "encoder": None, "decoder": None, "model": "."}
+    (folder / "training.json").write_text(json.dumps({**run_facts, "arguments": arguments}))
+    found = made(folder, "--base_model", "org/one")
+    assert found.data.base_model == ["org/one"] and f"# {folder.name}\n" in found.text
+    assert "``" not in found.text.replace("```", "") and str(folder.parent) not in found.text
+
+
+def test_scores_are_where_the_hub_looks(folder):
+    results = ROOT / "results" / "causal2vec-tiny"
+    summary = json.loads((results / "summary.json").read_text())
+    found = made(folder, "--results", results)
+    scores = {result.dataset_name: result for result in found.data.eval_results}
+    assert len(scores) >= 8
+    sts = scores["MTEB STSBenchmark"]
+    assert (sts.task_type, sts.dataset_type, sts.dataset_split) == ("STS", "mteb/STSBenchmark", "test")
+    assert sts.metric_type == "cosine_spearman" and sts.dataset_revision
+    assert f"| MTEB STSBenchmark | STS | cosine_spearman | {sts.metric_value:.2f} |" in found.text
+    assert f"{sts.metric_value:.4f}"[:5] in json.dumps(summary)
+    assert "## Results" not in made(folder).text
+
+
+def test_the_snippet_runs(folder, saved_dir, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", made(folder).text, re.DOTALL)
+    exec(compile(code.replace("path or id", str(saved_dir)), "card", "exec"), {})
+    assert re.match(r"\[\[-?\d\.\d+\]\]", capsys.readouterr().out)
+
+
+def test_a_folder_without_facts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        card.main([str(tmp_path)])
+    assert "has no training.json" in capsys.readouterr().err
