@@ -114,9 +114,9 @@ STUDIES: dict[str, tuple[str, list[Row]]] = {
         ],
     ),
     "embedder": (
-        "On an embedding model with last-token pooling (Table 11; the paper: e5-mistral-7b-instruct)",
+        "On an embedding model with last-token pooling (Table 11)",
         [
-            Row("last_token", "the embedding model", None, 65.75),
+            Row("last_token", "the embedding model (the paper: e5-mistral)", None, 65.75),
             Row("last_token_on", "trained on for as many steps"),
             Row("causal2vec_on", "Causal2Vec on it", None, 66.59),
         ],
@@ -145,9 +145,9 @@ STUDIES: dict[str, tuple[str, list[Row]]] = {
         ],
     ),
     "icl": (
-        "In-context examples in training and evaluation (Table 1, there over the 56 tasks of MTEB and 2,048 tokens)",
+        "In-context examples in training and evaluation (Table 1)",
         [
-            Row("default", "without", None, 66.10),
+            Row("default", "without (the paper: over MTEB's 56 tasks)", None, 66.10),
             Row("icl", "with", None, 66.85),
         ],
     ),
@@ -411,8 +411,8 @@ def shared_tasks(variants: Sequence[str], runs: Runs) -> list[str]:
 
 
 def means(variant: str, runs: Runs, tasks: Sequence[str], key: str = "scores") -> dict[int, float]:
-    """Seed -> mean over tasks."""
-    records = runs.get(variant, {})
+    """Seed -> mean over tasks; nothing without any."""
+    records = runs.get(variant, {}) if tasks else {}
     return {seed: fmean(record[key][task] for task in tasks) for seed, record in records.items() if record[key]}
 
 
@@ -454,7 +454,7 @@ def study_table(study: str, runs: Runs) -> str:
         found = means(row.variant, runs, tasks)
         difference = differences(found, reference) if row != rows[0] else {}
         lines.append([row.label, cell(found), str(len(found)), cell(difference, signed=True), *published(row, rows[0])])
-    headers = ["variant", f"here, {len(tasks)} tasks", "seeds", "difference"]
+    headers = ["variant", f"here, {len(tasks)} tasks" if tasks else "here", "seeds", "difference"]
     headers += ["S-LLaMA-1.3B", "difference", "Mistral-7B", "difference"]
     return f"## {title}\n\n{markdown(headers, lines)}\n"
 
@@ -472,7 +472,7 @@ def noise_table(runs: Runs) -> str:
         among = differences(means(variant, records, searching, "noisy"), means(variant, records, searching))
         paper = NOISE_PAPER[variant]
         lines.append(
-            [variant, cell(clean), cell(noisy), cell(drop, True), cell(among if searching else {}, True)]
+            [variant, cell(clean), cell(noisy), cell(drop, signed=True), cell(among, signed=True)]
             + [f"{paper[0]:.2f}", f"{paper[1]:.2f}", f"{paper[1] - paper[0]:+.2f}", f"{paper[3] - paper[2]:+.2f}"]
         )
     headers = ["variant", "here", "with noise", "change", "of it in retrieval and reranking"]
@@ -503,6 +503,31 @@ def draw(output: Path) -> None:
     plot(runs, output / "ablation.png")
 
 
+def panel(study: str, runs: Runs) -> list[tuple[str, list[float], list[float | None]]]:
+    """Per row of a study its label, its differences from the first row (one per seed), and the paper's two differences."""
+    rows = rows_of(study, runs)
+    tasks = shared_tasks([row.variant for row in rows], runs)
+    reference = means(rows[0].variant, runs, tasks)
+    lines = []
+    for row in rows:
+        found = differences(means(row.variant, runs, tasks), reference)
+        pairs = [(getattr(row, name), getattr(rows[0], name)) for name in ("llama", "mistral")]
+        paper = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+        lines.append((row.label + ("" if found else " (not run)"), list(found.values()), paper))
+    return lines
+
+
+def noise_panel(runs: Runs) -> list[tuple[str, list[float], list[float | None]]]:
+    """The same of the change under noise."""
+    lines = []
+    for variant in NOISY:
+        records = [record for record in runs.get(variant, {}).values() if record["noisy"]]
+        found = [fmean(r["noisy"][task] - r["scores"][task] for task in r["noisy"]) for r in records]
+        clean, noisy, *_ = NOISE_PAPER[variant]
+        lines.append((variant + ("" if found else " (not run)"), found, [None, noisy - clean]))
+    return lines
+
+
 def plot(runs: Runs, path: Path) -> None:
     """A line per variant: its differences from the study's first row, a dot per seed, beside the paper's two."""
     import matplotlib
@@ -510,33 +535,30 @@ def plot(runs: Runs, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = [len(rows_of(study, runs)) for study in STUDIES]
-    figure, panels = plt.subplots(
-        len(STUDIES), 1, figsize=(8, 0.34 * sum(sizes) + 0.62 * len(sizes)), sharex=True, height_ratios=sizes
-    )
-    for axis, study in zip(panels, STUDIES):
-        rows = rows_of(study, runs)
-        tasks = shared_tasks([row.variant for row in rows], runs)
-        reference = means(rows[0].variant, runs, tasks)
-        for y, row in enumerate(rows):
-            for name, marker, color in (("llama", "^", "#E69F00"), ("mistral", "D", "#009E73")):
-                value, first = getattr(row, name), getattr(rows[0], name)
-                if None not in (value, first):
-                    axis.scatter(value - first, y, marker=marker, s=26, facecolors="none", edgecolors=color, zorder=3)
-            found = list(differences(means(row.variant, runs, tasks), reference).values())
+    panels = {title: panel(study, runs) for study, (title, _) in STUDIES.items()} | {NOISE_TITLE: noise_panel(runs)}
+    sizes = [len(lines) for lines in panels.values()]
+    size = (8, 0.24 * sum(sizes) + 0.4 * len(sizes) + 0.6)
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, height_ratios=sizes)
+    for axis, (title, lines) in zip(all_axes, panels.items()):
+        for y, (_, found, paper) in enumerate(lines):
+            for value, marker, color in zip(paper, "^D", ("#D55E00", "#009E73")):
+                if value is not None:
+                    axis.scatter(value, y, marker=marker, s=22, facecolors="none", edgecolors=color, zorder=3)
             axis.scatter(found, [y] * len(found), s=14, color="#0072B2", alpha=0.5, zorder=2)
             if found:
-                axis.plot([fmean(found)] * 2, [y - 0.3, y + 0.3], color="#0072B2", linewidth=2)
-        labels = [row.label + ("" if row.variant in runs else " (not run)") for row in rows]
-        axis.set_yticks(range(len(rows)), labels, fontsize=7)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+                axis.plot([fmean(found)] * 2, [y - 0.35, y + 0.35], color="#0072B2", linewidth=2)
+        axis.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=7)
+        axis.set_ylim(len(lines) - 0.4, -0.6)
+        axis.set_xscale("symlog", linthresh=1)  # differences of a tenth and of tens
         axis.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=1)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(STUDIES[study][0], loc="left", fontsize=8)
+        axis.set_title(title, loc="left", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel(
-        "difference from the first row: bar and dots, mean and seeds here; triangle, S-LLaMA-1.3B and diamond, "
-        "Mistral-7B in the paper",
+    ticks = (-30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30)
+    all_axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+    all_axes[-1].minorticks_off()
+    figure.supxlabel(
+        "difference from the first row (of noise: from without): bar and dots, mean and seeds here;\n"
+        "in the paper triangle, S-LLaMA-1.3B, and diamond, Mistral-7B",
         fontsize=7,
     )
     figure.tight_layout()

@@ -71,8 +71,6 @@ Queries carry an instruction, passages none. `encode_query` uses {query_instruct
 MTEB's tasks. With sentence-transformers, `SentenceTransformer("path or id", trust_remote_code=True)` gives the same
 vectors; a `prompt` is an instruction.
 """
-_LIMITS = """Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end,
-what the encoder reads at {encoder_max_seq_length}."""
 _CODE = """Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
 commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.
 
@@ -113,7 +111,7 @@ def card_sections(
         instruction (`str`, *optional*): For the example, where the configuration has none.
     """
     stored = config.query_instruction
-    lengths = ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
+    of_encoder = f",\nwhat the encoder reads at {config.encoder_max_seq_length}" if config.has_encoder else ""
     return {
         "use": _USE.format(
             works=in_words(config, encoder, decoder),
@@ -121,7 +119,8 @@ def card_sections(
             instruction=stored or instruction or "Given a question, retrieve passages that answer it",
             query_instruction=f"`{stored}`" if stored else "none unless it is given one",
         ),
-        "limits": _LIMITS.format(**{name: getattr(config, name) for name in lengths}),
+        "limits": f"Inputs longer than {config.max_seq_length} tokens (with in-context examples {config.icl_max_seq_length})"
+        f" are cut at their end{of_encoder}.",
         "code": _CODE.format(hashes=code_table(folder)),
     }
 

@@ -192,3 +192,12 @@ def test_arguments_that_cannot_work(flags, told, capsys):
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         ablation.main(["--redraw", "--output", str(tmp_path)])
+
+
+def test_what_no_task_tells_is_left_empty():
+    """Neither retrieval for the noise test nor a task that two variants share."""
+    run = {"scores": {"STS16": 50.0}, "noisy": {"STS16": 40.0}, "types": {"STS16": "STS"}}
+    runs = {"default": {1: run}, "eos": {1: {**run, "scores": {"SciFact": 30.0}}}}
+    line = next(line for line in ablation.noise_table(runs).splitlines() if line.startswith("| default"))
+    assert line.startswith("| default | 50.00 | 40.00 | -10.00 |  | 65.85")
+    assert "| EOS only | not run | 0 |" in ablation.study_table("pooling", runs)

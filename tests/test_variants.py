@@ -279,6 +279,26 @@ class TestRows:
         assert rows.tolist() == expected[expected != variants("concat").config.contextual_token_id].tolist()
 
 
+class TestSeveralTokens:
+    @pytest.mark.parametrize("encoder", ["roberta", "distilbert", "mpnet", "modernbert"])
+    def test_other_encoders(self, make_model, encoder):
+        model = make_model(encoder=encoder, num_contextual_tokens=2)
+        alone = torch.stack([model(**model.processor(text)).embeddings[0] for text in TEXTS])
+        for side in ("left", "right"):
+            model.processor.encoder_tokenizer.padding_side = side
+            assert (model(**model.processor(TEXTS)).embeddings - alone).abs().max() <= 2e-5
+        assert np.abs(model.encode(TEXTS, packed=True) - unit(alone.detach())).max() <= 1e-5
+
+    def test_new_queries_differ(self, backbone_dir):
+        """As transformers initialises them."""
+        model = Causal2VecModel.from_encoder_decoder_pretrained(
+            backbone_dir("bert"), backbone_dir("llama"), num_contextual_tokens=4
+        )
+        queries = model.projector.queries
+        assert 0.1 < queries.queries.weight.std() < 0.3  # the tiny decoder's `initializer_range` is 0.2
+        assert queries.attention.in_proj_weight.abs().max() > 0 and queries.attention.out_proj.weight.abs().max() > 0
+
+
 class TestBidirectional:
     @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
