@@ -13,14 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig, is_hub_id
-from saving_utils import code_table, in_words, refresh_hashes
+from saving_utils import code_table, in_words, limits_in_words, refresh_hashes
 
 
 TEMPLATE = """
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per text, compared by
-cosine. It needs `torch` and `transformers` (5.17 or newer).
+A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model:
+{works}.
+{dim} numbers per text, compared by cosine. It needs `torch` and `transformers` (5.17 or newer).
 
 ```python
 from transformers import AutoModel
@@ -47,8 +48,7 @@ decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}.
 
 {results}## Limits
 
-Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut at their end, what the
-encoder reads at {encoder_max_seq_length}. {truncation} {licence}
+{limits} {truncation} {licence}
 
 ## Code and pinning
 
@@ -113,11 +113,11 @@ def write_card(
             for d in plan["datasets"]
         ),
         results=results_table(scores),
+        limits=limits_in_words(config),
         truncation=truncation(arguments.get("matryoshka_dims")),
         licence="The weights carry the licences of their base models and of the training data; see there before use.",
         code=code_table(folder),
         **{key: arguments[key] for key in ("temperature", "learning_rate", "seed", "train_decoder", "train_encoder")},
-        **{key: getattr(config, key) for key in ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")},
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
 

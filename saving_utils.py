@@ -46,8 +46,9 @@ tags:
 
 # {name}
 
-A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model: {works}. {dim} numbers per
-text, compared by cosine. It needs `torch` and `transformers` (5.17 or newer).
+A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model:
+{works}.
+{dim} numbers per text, compared by cosine. It needs `torch` and `transformers` (5.17 or newer).
 
 ```python
 from transformers import AutoModel
@@ -63,9 +64,8 @@ With sentence-transformers: `SentenceTransformer("path or id", trust_remote_code
 
 ## Limits
 
-Inputs longer than {max_seq_length} tokens (with in-context examples {icl_max_seq_length}) are cut, what the encoder reads
-at {encoder_max_seq_length}. What the weights were trained on, their scores and their licence were not recorded when this
-folder was saved; state them here before you publish it.
+{limits} What the weights were trained on, their scores and their licence were not recorded when this folder was saved;
+state them here before you publish it.
 
 ## Code in this folder
 
@@ -107,9 +107,7 @@ def write_plain_card(folder: str | Path, config) -> None:
         ),
         dim=config.embedding_size,
         instruction=config.query_instruction or "Given a question, retrieve passages that answer it",
-        max_seq_length=config.max_seq_length,
-        icl_max_seq_length=config.icl_max_seq_length,
-        encoder_max_seq_length=config.encoder_max_seq_length,
+        limits=limits_in_words(config),
         hashes=code_table(folder),
     )
     Path(folder, "README.md").write_text(text, encoding="utf-8")
@@ -131,6 +129,15 @@ def in_words(config, encoder: str | None, decoder: str) -> str:
         f"`{name}={value!r}`" for name in fields if (value := getattr(config, name)) != getattr(type(config), name)
     ]
     return clause + (f", with {' and '.join(changed)}" if changed else "")
+
+
+def limits_in_words(config) -> str:
+    """How much of a text a model reads, as a sentence for its card."""
+    encoder = f", what the encoder reads at {config.encoder_max_seq_length}" if config.has_encoder else ""
+    return (
+        f"Inputs longer than {config.max_seq_length} tokens (with in-context examples {config.icl_max_seq_length}) are cut "
+        f"at their end{encoder}."
+    )
 
 
 def code_table(folder: str | Path) -> str:
