@@ -290,9 +290,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token = self.get_contextual_token(encoder_ids, encoder_attention_mask)  # (batch, hidden_size)
 
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (batch, seq_len, hidden_size)
-        if contextual_token is not None:
+        if contextual_token is not None and self.config.num_slots:
+            shape = (len(input_ids), self.config.num_slots, inputs_embeds.shape[-1])  # (batch, tokens, hidden_size)
             places = is_slot.unsqueeze(-1).to(inputs_embeds.device)  # (batch, seq_len, 1)
-            inputs_embeds = inputs_embeds.masked_scatter(places, contextual_token.to(inputs_embeds))
+            inputs_embeds = inputs_embeds.masked_scatter(places, contextual_token.to(inputs_embeds).reshape(shape))
 
         seq_len = input_ids.shape[1]
         if attention_mask is None:

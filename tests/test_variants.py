@@ -273,6 +273,16 @@ class TestRows:
         with pytest.raises(ValueError, match="exactly 2 times; row 0 holds it 8 times"):
             model(**variants("eight").processor("hi"))
 
+    @pytest.mark.parametrize("name", ["concat", "two"])
+    def test_a_contextual_token_per_row(self, variants, name):
+        """Given for more rows than there are, they would else go to the wrong ones."""
+        model = variants(name)
+        tokens = model.get_contextual_token(
+            *(model.processor(TEXTS[:3])[key] for key in model.processor.model_input_names[2:])
+        )
+        with pytest.raises(RuntimeError, match="shape"):
+            model(**model.processor(TEXTS[:2]), contextual_token=tokens)
+
     @pytest.mark.parametrize("name", ["last_token", "embedding_concat"])
     def test_no_slot(self, variants, name):
         rows, expected = (variants(n).processor("hi", INSTRUCTION)["input_ids"][0] for n in (name, "concat"))
