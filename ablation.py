@@ -328,10 +328,10 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
 
 def decoder_of(model: Path, folder: Path) -> str:
     """Saves the decoder of a trained model with its tokenizer, as a backbone to join."""
-    import baselines
+    from modeling_causal2vec import Causal2VecModel
 
     shutil.rmtree(folder, ignore_errors=True)
-    trained = baselines.load_model(str(model))
+    trained = Causal2VecModel.from_pretrained(str(model))
     trained.decoder.save_pretrained(folder)
     trained.processor.tokenizer.save_pretrained(folder)
     return str(folder)

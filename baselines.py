@@ -5,8 +5,8 @@
     token_prepending   [instruction] [slot] [text] [EOS], embedded by EOS's state; from the second layer
                        on, the slot holds the state that the layer before gave EOS; no encoder           (Table 6)
 
-A configuration's `baseline` chooses one of these models; `load_model` loads whichever a folder holds. Invariant: what is
-no part of a baseline's vectors has no weights in it.
+A configuration's `baseline` chooses one of these models, and `from_pretrained` of any of them loads the one that a folder
+holds. Invariant: what is no part of a baseline's vectors has no weights in it.
 """
 
 from dataclasses import dataclass
@@ -182,14 +182,6 @@ MODELS = {
 }
 
 
-def load_model(folder_or_id: str, **kwargs) -> Causal2VecModel:
-    """`from_pretrained` of the class that a saved configuration's `baseline` names; `Causal2VecModel`'s without one."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    baseline = Causal2VecConfig.get_config_dict(folder_or_id, **hub_kwargs)[0].get("baseline")
-    return MODELS.get(baseline, Causal2VecModel).from_pretrained(folder_or_id, **kwargs)
-
-
 DecoderProcessor.register_for_auto_class()
 
-__all__ = ["DecoderProcessor", "EmbeddingConcatModel", "LastTokenModel", "TokenPrependingModel", "load_model"]
+__all__ = ["DecoderProcessor", "EmbeddingConcatModel", "LastTokenModel", "TokenPrependingModel"]

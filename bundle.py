@@ -39,10 +39,10 @@ def store_half(folder: Path) -> None:
 
 def bundle(model_dir: str) -> None:
     """Copies everything but code and card into the repository root, file by file, each replaced at once."""
-    from baselines import load_model
+    from modeling_causal2vec import Causal2VecModel
 
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
-        load_model(model_dir, dtype="float32").save_pretrained(temporary)
+        Causal2VecModel.from_pretrained(model_dir, dtype="float32").save_pretrained(temporary)
         store_half(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             target = ROOT / path.relative_to(temporary)

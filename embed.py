@@ -188,8 +188,8 @@ def load_model(args: argparse.Namespace):
     """The checkpoint, by this repository's own classes: no code that stands beside the weights is run."""
     import torch
 
-    import baselines
     from configuration_causal2vec import Causal2VecConfig
+    from modeling_causal2vec import Causal2VecModel
 
     try:
         config = Causal2VecConfig.get_config_dict(args.model)[0]
@@ -198,7 +198,7 @@ def load_model(args: argparse.Namespace):
     if config.get("model_type") != "causal2vec":  # before memory is taken for a model that is not there
         found = f"model_type {config['model_type']!r}" if "model_type" in config else "no config.json"
         raise ValueError(f"--model must be a Causal2Vec checkpoint; {args.model} has {found}.")
-    model = baselines.load_model(args.model, dtype=args.dtype)
+    model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

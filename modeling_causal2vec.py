@@ -141,7 +141,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if config.baseline != self.baseline:
             raise ValueError(
                 f"{type(self).__name__} is built from a configuration with baseline={self.baseline!r}, got "
-                f"{config.baseline!r}. Load with AutoModel, or with `load_model` of baselines.py."
+                f"{config.baseline!r}. Load with `from_pretrained`."
             )
         self.add_encoder(encoder)
         self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder
@@ -497,7 +497,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
         As everywhere in transformers; also loads both tokenizers when the folder has them. Of a folder that holds an
-        adapter alone, it loads the model that the adapter names and puts the adapter on it, which needs PEFT.
+        adapter alone, it loads the model that the adapter names and puts the adapter on it, which needs PEFT. A folder
+        with one of the baselines gives a model of its class.
 
         Raises:
             ValueError: the weights lack tensors of this model, hold others or are damaged, or the folder is not one of
@@ -517,8 +518,18 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             model, info = cls.from_pretrained(base, *model_args, output_loading_info=True, **of_base)
             model.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub_kwargs)
             return (model, info) if output_loading_info else model
-        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
-            cls._check_model_type(pretrained_model_name_or_path, hub_kwargs)
+        config = kwargs.get("config")
+        if config is not None:
+            baseline = config.baseline
+        elif pretrained_model_name_or_path is not None:
+            baseline = cls._checked_config_dict(pretrained_model_name_or_path, hub_kwargs).get("baseline")
+        else:
+            baseline = cls.baseline
+        if baseline != cls.baseline and (of_folder := _model_class(baseline)) is not None:
+            # AutoModel, too, takes the class of one folder for another whose code is the same.
+            return of_folder.from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=output_loading_info, **kwargs
+            )
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -559,11 +570,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_model_type(cls, source: str, hub_kwargs: dict) -> None:
+    def _checked_config_dict(cls, source: str, hub_kwargs: dict) -> dict:
         """Refuses a folder without our config.json: transformers would go on with a new model of default sizes."""
-        found = cls.config_class.get_config_dict(source, **hub_kwargs)[0].get("model_type")
+        values = cls.config_class.get_config_dict(source, **hub_kwargs)[0]
+        found = values.get("model_type")
         if found == cls.config_class.model_type:
-            return
+            return values
         what = "no config.json" if found is None else f"the model_type {found!r}"
         raise ValueError(f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?")
 
@@ -676,6 +688,15 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
 _PUSH_KWARGS = ("repo_id", "token", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def _model_class(baseline: str | None) -> type["Causal2VecModel"] | None:
+    """The class of models with this `baseline` in their configuration, if there is one."""
+    try:
+        from .baselines import MODELS
+    except ImportError:
+        from baselines import MODELS
+    return MODELS.get(baseline)
 
 
 def _base_of_adapter(source, hub_kwargs: dict) -> str | None:

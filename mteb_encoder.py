@@ -530,9 +530,9 @@ def load_backend(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     if location.is_causal2vec:
-        from baselines import load_model
+        from modeling_causal2vec import Causal2VecModel
 
-        model = load_model(location.path, revision=location.commit or "main", **kwargs)
+        model = Causal2VecModel.from_pretrained(location.path, revision=location.commit or "main", **kwargs)
         backend = LastTokenBackend if pooling == "last_token" else Causal2VecBackend
         return backend(model.to(device).eval(), max_length, normalize)
     from sentence_transformers import SentenceTransformer

@@ -31,7 +31,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-PACKED_ATTENTION = "causal2vec_packed"
+PACKED_ATTENTION = f"causal2vec_packed_{__name__.replace('.', '_')}"  # each folder's code has its own
 _SWITCHING = threading.Lock()  # a decoder's attention is chosen by its configuration, which threads share
 
 WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time

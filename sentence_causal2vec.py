@@ -20,11 +20,9 @@ except ImportError as error:
     raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
 
 try:
-    from .baselines import load_model
     from .modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:  # imported from a clone, where these files are top-level modules
-    from baselines import load_model
     from modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
     from tokenization_utils import Causal2VecProcessor
 
@@ -156,7 +154,9 @@ class Causal2VecSTModule(InputModule):
                 raise ValueError(f"`{name}` is not read, got {value!r}: the layout of a row belongs to the checkpoint.")
         where = {"subfolder": subfolder, "token": token, "revision": revision, "local_files_only": local_files_only}
         settings = cls.load_config(model_name_or_path, cache_folder=cache_folder, **where)
-        model = load_model(model_name_or_path, cache_dir=cache_folder, **where, **(model_kwargs or {}))
+        model = Causal2VecModel.from_pretrained(
+            model_name_or_path, cache_dir=cache_folder, **where, **(model_kwargs or {})
+        )
         return cls(model, **settings)
 
 

@@ -326,7 +326,7 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
-        return baselines.load_model(args.model, dtype=args.dtype, **attention)
+        return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -9,7 +9,7 @@ from conftest import TEXTS
 from test_configuration import make_config
 from transformers import AutoModel, AutoProcessor
 
-from baselines import MODELS, load_model
+from baselines import MODELS
 from configuration_causal2vec import Causal2VecConfig
 from losses import InfoNCE
 from modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
@@ -192,7 +192,7 @@ class TestVectors:
 @pytest.mark.parametrize("name", VARIANTS)
 class TestFolders:
     def test_round_trip(self, variants, folders, name):
-        model, again = variants(name), load_model(folders(name))
+        model, again = variants(name), Causal2VecModel.from_pretrained(folders(name))
         assert type(again) is type(model)
         assert again.config.to_dict() == model.config.to_dict() | {"auto_map": again.config.auto_map}
         assert again.processor.to_dict() == model.processor.to_dict()
@@ -404,10 +404,10 @@ def test_what_cannot_be_combined(values, match):
 
 class TestRefusals:
     def test_the_wrong_class(self, folders):
-        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load with AutoModel"):
-            Causal2VecModel.from_pretrained(folders("last_token"))
-        with pytest.raises(ValueError, match="baseline='last_token', got None"):
-            MODELS["last_token"].from_pretrained(folders("concat"))
+        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load with `from_pretrained`"):
+            Causal2VecModel(make_config(encoder_config=None, baseline="last_token"))
+        assert type(Causal2VecModel.from_pretrained(folders("last_token"))) is MODELS["last_token"]
+        assert type(MODELS["last_token"].from_pretrained(folders("concat"))) is Causal2VecModel
 
     def test_an_encoder_too_few_or_too_many(self, backbone_dir):
         with pytest.raises(ValueError, match="needs an `encoder`"):
@@ -469,4 +469,4 @@ def test_a_decoder_that_is_an_adapter(backbone_dir, make_model, tmp_path):
         assert (found - expected(ids).last_hidden_state).abs().max() <= 1e-5
         assert (found - plain(ids).last_hidden_state).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "model")
-    assert np.array_equal(load_model(tmp_path / "model").encode(TEXTS), model.encode(TEXTS))
+    assert np.array_equal(Causal2VecModel.from_pretrained(tmp_path / "model").encode(TEXTS), model.encode(TEXTS))
