@@ -141,7 +141,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if config.baseline != self.baseline:
             raise ValueError(
                 f"{type(self).__name__} is built from a configuration with baseline={self.baseline!r}, got "
-                f"{config.baseline!r}. Load with `from_pretrained`."
+                f"{config.baseline!r}. Load its folder with AutoModel."
             )
         self.add_encoder(encoder)
         self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder

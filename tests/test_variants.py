@@ -404,7 +404,7 @@ def test_what_cannot_be_combined(values, match):
 
 class TestRefusals:
     def test_the_wrong_class(self, folders):
-        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load with `from_pretrained`"):
+        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load its folder with AutoModel"):
             Causal2VecModel(make_config(encoder_config=None, baseline="last_token"))
         assert type(Causal2VecModel.from_pretrained(folders("last_token"))) is MODELS["last_token"]
         assert type(MODELS["last_token"].from_pretrained(folders("concat"))) is Causal2VecModel
