@@ -74,7 +74,7 @@ class TestConfiguration:
             ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
             ({"num_contextual_tokens": 2}, "such as .*projector.queries"),
             ({"baseline": "unknown"}, "`baseline` must be one of None, 'last_token'"),
-            ({"baseline": "embedding_concat"}, "Load with AutoModel"),
+            ({"baseline": "embedding_concat"}, "does not hold this model's weights"),
             ({"encoder_config": []}, "`encoder_config` must be a configuration or a dict"),
             ({"decoder_config": {"hidden_size": 3}}, "`decoder_config` needs a `model_type`"),
         ],
