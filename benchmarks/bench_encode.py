@@ -409,6 +409,18 @@ def bench_corpus(model, args) -> dict:
                 vectors.append(torch.nn.functional.normalize(embeddings, dim=-1).cpu())
         return torch.cat(vectors)
 
+    def tokens_read(head):
+        """Tokens per text of each tower in padded batches of input order, and without padding and heads."""
+        padded, needed = {"decoder": 0, "encoder": 0}, {"decoder": 0, "encoder": 0}
+        head_tokens = len(model.processor.encode_head(head))
+        for start in range(0, len(texts), args.batch_size):
+            batch = model.processor(texts[start : start + args.batch_size], head)
+            for tower, mask in (("decoder", "attention_mask"), ("encoder", "encoder_attention_mask")):
+                padded[tower] += batch[mask].numel()
+                needed[tower] += int(batch[mask].sum())
+            needed["decoder"] -= head_tokens * len(batch["input_ids"])
+        return [{tower: count / len(texts) for tower, count in counts.items()} for counts in (padded, needed)]
+
     def everything_on(instruction):
         return model.encode(texts, instruction=instruction, batch_size=args.batch_size, convert_to_tensor=True)
 
@@ -423,6 +435,7 @@ def bench_corpus(model, args) -> dict:
         result[name] = {
             "head_tokens": len(model.processor.encode_head(head)),
             "difference": difference,
+            "tokens_per_text": dict(zip(runs, tokens_read(head))),
             "texts_per_second": {run: len(texts) / statistics.median(values) for run, values in seconds.items()},
         }
         log(f"corpus, {name}: {result[name]['texts_per_second']}")
@@ -555,12 +568,14 @@ def make_tables(results: dict) -> str:
             "",
             f"## {corpus['texts']} texts of mixed lengths",
             "",
-            "| head | input order, texts/s | everything on |",
+            "| head | input order, texts/s | everything on | tokens per text, decoder + encoder | everything on |",
         ]
-        lines += ["|---|---|---|"]
+        lines += ["|---|---|---|---|---|"]
         for name in ("50-token head", "no head"):
-            speed = corpus[name]["texts_per_second"]
-            lines.append(f"| {name} | {speed['input order']:.2f} | {speed['everything on']:.2f} |")
+            speed, tokens = (corpus[name].get(key) for key in ("texts_per_second", "tokens_per_text"))
+            cells = [f"{speed[run]:.2f}" for run in speed]
+            cells += [f"{t['decoder']:.0f} + {t['encoder']:.0f}" for t in tokens.values()] if tokens else ["", ""]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     if results.get("precision"):
         columns = list(next(iter(results["precision"].values())))
         lines += [
