@@ -86,7 +86,7 @@ class Client:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=600)
         self.process.stdout.close()
         self.log.close()
 

@@ -163,3 +163,21 @@ def test_results_table_is_what_the_results_say():
     table = comparison_markdown(runs, compare(runs))
     assert "STSBenchmark" in table
     assert replace_table(TEXT, table) == TEXT
+
+
+def rows_under(heading: str) -> dict[str, list[float]]:
+    """The first table under a heading: first column -> numbers."""
+    section = re.split(r"^#+ ", TEXT.split(f"{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    return {name: [float(cell) for cell in cells] for name, *cells in rows[2:]}
+
+
+def test_scores_before_and_after_training():
+    before, after = (
+        read_run(str(ROOT / "results" / name)) for name in ("causal2vec-tiny-untrained", "causal2vec-tiny")
+    )
+    told = rows_under("### Before and after training")
+    assert len(told) == 5
+    for task, numbers in told.items():
+        found = [{**run.scores, **run.other}[task] for run in (before, after)]
+        assert numbers == [round(score, 2) for score in found], task
