@@ -181,3 +181,15 @@ def test_scores_before_and_after_training():
     for task, numbers in told.items():
         found = [{**run.scores, **run.other}[task] for run in (before, after)]
         assert numbers == [round(score, 2) for score in found], task
+
+
+def test_speed_is_what_the_benchmark_measured():
+    tasks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["tasks"]
+    told = rows_under("## Speed")
+    assert set(told) == set(tasks)
+    for task, numbers in told.items():
+        methods = tasks[task]["methods"]
+        shared, examples = methods["causal2vec shared"], methods["causal2vec examples shared"]
+        found = [methods["bge-en-icl"]["tokens_per_text"], shared["tokens_per_text"]]
+        assert numbers[:2] == [round(tokens, 1) for tokens in found], task
+        assert numbers[2] == round(examples["ms_per_text"] / shared["ms_per_text"], 2), task
