@@ -92,10 +92,10 @@ def score(pack, first: np.ndarray, second: np.ndarray) -> float:
 
 def measure(args: argparse.Namespace) -> dict:
     """Scores of all variants on all packs."""
-    from baselines import load_model
     from dev import STSDev, load_pack
+    from modeling_causal2vec import Causal2VecModel
 
-    model = load_model(args.model)
+    model = Causal2VecModel.from_pretrained(args.model)
     instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
     full = model.config.embedding_size
     dims = [dim for dim in (full, full // 2, full // 4, full // 8) if dim % 16 == 0]

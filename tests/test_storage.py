@@ -59,3 +59,19 @@ def test_shortened_corpus_keeps_every_answer():
     assert storage.shorten(pack, 4) == 4
     assert pack.corpus == ["a", "b", "d", "e"] and pack.relevant == [{2}, {0, 3}]
     assert storage.shorten(pack, None) == 4 and storage.shorten(pack, 1) == 3
+
+
+def test_a_pack_is_measured(saved_dir, tmp_path):
+    import datasets
+
+    pairs = {"sentence1": TEXTS[:4], "sentence2": TEXTS[2:6], "score": [1.0, 2.0, 3.0, 4.0]}
+    folder = tmp_path / "packs" / "STSBenchmark" / "data"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict(pairs).to_parquet(folder / "test-00000-of-00001.parquet")
+    packs = ["--data_dir", str(tmp_path / "packs"), "--packs", "STSBenchmark"]
+    storage.main(["--model", str(saved_dir), *packs, "--output", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "storage.json").read_text())["rows"]
+    assert [(row["dim"], row["precision"]) for row in rows[:5]] == [
+        (64, "float32"), (64, "float16"), (64, "int8"), (64, "binary"), (32, "float32"),
+    ]  # fmt: skip
+    assert rows[0]["scores"]["STSBenchmark"] == pytest.approx(rows[1]["scores"]["STSBenchmark"], abs=1e-6)
