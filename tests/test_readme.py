@@ -193,3 +193,23 @@ def test_speed_is_what_the_benchmark_measured():
         found = [methods["bge-en-icl"]["tokens_per_text"], shared["tokens_per_text"]]
         assert numbers[:2] == [round(tokens, 1) for tokens in found], task
         assert numbers[2] == round(examples["ms_per_text"] / shared["ms_per_text"], 2), task
+
+
+def test_scores_with_noise():
+    runs = [read_run(str(ROOT / "results" / name)) for name in ("causal2vec-tiny", "causal2vec-tiny-last-token")]
+    told = rows_under("### Noise")
+    mean = told.pop("Mean")
+    assert len(told) == 9
+    found = {
+        task: [score for run in runs for score in ({**run.scores, **run.other}[task], run.noisy[task])] for task in told
+    }
+    for task, numbers in told.items():
+        assert numbers == [round(score, 2) for score in found[task]], task
+    assert mean == [round(float(score), 2) for score in np.mean(list(found.values()), axis=0)]
+
+
+def test_scores_by_storage():
+    results = json.loads((ROOT / "benchmarks/results/storage/storage.json").read_text())
+    rows = {f"{row['dim']}, {row['precision']}": row for row in results["rows"]}
+    for name, numbers in rows_under("### Storage").items():
+        assert numbers == [rows[name]["bytes"], *(round(rows[name]["scores"][pack], 2) for pack in results["packs"])]
