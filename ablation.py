@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from eval_report import read_run, write_json, write_text
+from eval_report import markdown_table, read_run, save_figure, write_json, write_text
 from mteb_encoder import Noise, log, read_json
 
 
@@ -429,11 +429,6 @@ def cell(values: dict[int, float], signed: bool = False) -> str:
     return f"{mean} ± {stdev(values.values()):.2f}" if len(values) > 1 else mean
 
 
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def published(row: Row, first: Row) -> list[str]:
     """The paper's scores of a row and their differences from the first row's."""
     cells = []
@@ -456,7 +451,7 @@ def study_table(study: str, runs: Runs) -> str:
         lines.append([row.label, cell(found), str(len(found)), cell(difference, signed=True), *published(row, rows[0])])
     headers = ["variant", f"here, {len(tasks)} tasks" if tasks else "here", "seeds", "difference"]
     headers += ["S-LLaMA-1.3B", "difference", "Mistral-7B", "difference"]
-    return f"## {title}\n\n{markdown(headers, lines)}\n"
+    return f"## {title}\n\n{markdown_table(headers, lines)}\n"
 
 
 def noise_table(runs: Runs) -> str:
@@ -477,7 +472,7 @@ def noise_table(runs: Runs) -> str:
         )
     headers = ["variant", "here", "with noise", "change", "of it in retrieval and reranking"]
     headers += ["Mistral-7B", "with noise", "change", "of it in retrieval"]
-    return f"## {NOISE_TITLE}\n\n{markdown(headers, lines)}\n"
+    return f"## {NOISE_TITLE}\n\n{markdown_table(headers, lines)}\n"
 
 
 def draw(output: Path) -> None:
@@ -498,7 +493,7 @@ def draw(output: Path) -> None:
         for name in names
     ]
     parts = ["# Ablations\n", f"{intro}\n", *(study_table(study, runs) for study in STUDIES), noise_table(runs)]
-    parts.append(f"## Scores per task\n\n{markdown(['variant', *tasks], per_task)}\n")
+    parts.append(f"## Scores per task\n\n{markdown_table(['variant', *tasks], per_task)}\n")
     write_text(output / "ablation.md", "\n".join(parts))
     plot(runs, output / "ablation.png")
 
@@ -538,7 +533,7 @@ def plot(runs: Runs, path: Path) -> None:
     panels = {title: panel(study, runs) for study, (title, _) in STUDIES.items()} | {NOISE_TITLE: noise_panel(runs)}
     sizes = [len(lines) for lines in panels.values()]
     size = (8, 0.24 * sum(sizes) + 0.4 * len(sizes) + 0.6)
-    figure, all_axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, height_ratios=sizes)
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, height_ratios=sizes, dpi=150)
     for axis, (title, lines) in zip(all_axes, panels.items()):
         for y, (_, found, paper) in enumerate(lines):
             for value, marker, color in zip(paper, "^D", ("#D55E00", "#009E73")):
@@ -562,9 +557,7 @@ def plot(runs: Runs, path: Path) -> None:
         fontsize=7,
     )
     figure.tight_layout()
-    incomplete = path.with_name(f".{path.stem}.incomplete.png")
-    figure.savefig(incomplete, dpi=150)
-    os.replace(incomplete, path)
+    save_figure(figure, path)
     plt.close(figure)
 
 

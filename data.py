@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -190,17 +190,13 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
             "negatives": datasets.List(datasets.Value("string")),
         }
     )
-    path = find_file(spec, data_dir)
-    if path is not None:
+    generator, source = _source(spec, data_dir, skip_bad_rows, cache_dir=cache_dir)
+    if generator is _file_rows:
+        path = source["path"]
         if next(read_rows(path, skip_bad_rows), None) is None:
             raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
         stat = os.stat(path)
-        version = f"{stat.st_size}-{stat.st_mtime_ns}"
-        source = {"path": path, "skip_bad_rows": skip_bad_rows, "version": version}
-    else:
-        rows = datasets.load_dataset(spec.path, split="train", cache_dir=cache_dir)
-        source = {"rows": rows, "name": spec.path, "skip_bad_rows": skip_bad_rows}
-    generator = _file_rows if path is not None else _hub_rows
+        source["version"] = f"{stat.st_size}-{stat.st_mtime_ns}"
     return datasets.Dataset.from_generator(generator, features=features, cache_dir=cache_dir, gen_kwargs=source)
 
 
@@ -214,13 +210,19 @@ def stream_rows(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool = False):
     """
     import datasets
 
+    generator, source = _source(spec, data_dir, skip_bad_rows, streaming=True)
+    return datasets.IterableDataset.from_generator(generator, gen_kwargs=source)
+
+
+def _source(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool, **hub_options) -> tuple[Callable, dict]:
+    """The generator of a dataset's rows, from its file or the Hub, and the generator's arguments."""
+    import datasets
+
     path = find_file(spec, data_dir)
     if path is not None:
-        source = {"path": path, "skip_bad_rows": skip_bad_rows}
-        return datasets.IterableDataset.from_generator(_file_rows, gen_kwargs=source)
-    rows = datasets.load_dataset(spec.path, split="train", streaming=True)
-    source = {"rows": rows, "name": spec.path, "skip_bad_rows": skip_bad_rows}
-    return datasets.IterableDataset.from_generator(_hub_rows, gen_kwargs=source)
+        return _file_rows, {"path": path, "skip_bad_rows": skip_bad_rows}
+    rows = datasets.load_dataset(spec.path, split="train", **hub_options)
+    return _hub_rows, {"rows": rows, "name": spec.path, "skip_bad_rows": skip_bad_rows}
 
 
 def find_file(spec: DatasetSpec, data_dir: str) -> str | None:

@@ -209,7 +209,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell.strip("*+-–. ").replace(".", "").isdigit() or cell in ("", "–")
+    digits = cell.strip("*+-–. ").replace(".", "").replace(" ± ", "")
+    return digits.isdigit() or cell in ("", "–", "not run")
 
 
 def number(value: float | None, signed: bool = False) -> str:
@@ -367,7 +368,8 @@ def _figure(width: float, height: float):
     return figure, axes
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
+    """Writes a picture that replaces an older one only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     incomplete = path.with_name(f".{path.stem}.{os.getpid()}.incomplete.png")
     figure.savefig(incomplete)
@@ -390,7 +392,7 @@ def plot_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], labe
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_title(title, loc="left", fontsize=10)
     figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_task_bars(
@@ -412,7 +414,7 @@ def plot_task_bars(
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_title(title, loc="left", fontsize=10)
     figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_categories(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) -> None:
@@ -464,7 +466,7 @@ def plot_tasks(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) 
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("main score", fontsize=9)
     figure.legend(loc="outside upper center", ncols=min(4, len(runs)), frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_norms(norms: Mapping[str, Mapping[str, float]], path: Path) -> None:

@@ -341,7 +341,7 @@ class VectorCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.file = file
         with self._open() as database:
-            database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+            database.execute("CREATE TABLE IF NOT EXISTS vectors (text TEXT PRIMARY KEY, vector BLOB) WITHOUT ROWID")
 
     @contextlib.contextmanager
     def _open(self):
@@ -357,19 +357,15 @@ class VectorCache:
         found = {}
         with self._open() as database:
             for text in dict.fromkeys(texts):
-                row = database.execute("SELECT vector FROM vectors WHERE text = ?", (_digest(text),)).fetchone()
+                row = database.execute("SELECT vector FROM vectors WHERE text = ?", (sha256(text),)).fetchone()
                 if row is not None:
                     found[text] = np.frombuffer(row[0], dtype=np.float32)
         return found
 
     def write(self, texts: list[str], vectors) -> None:
         with self._open() as database:
-            rows = ((_digest(text), vector.tobytes()) for text, vector in zip(texts, vectors, strict=True))
+            rows = ((sha256(text), vector.tobytes()) for text, vector in zip(texts, vectors, strict=True))
             database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _unit(embeddings):

@@ -254,7 +254,7 @@ def test_a_readme_without_a_place_for_the_table_is_an_error():
 
 def test_bars_are_as_high_as_the_numbers(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(eval_report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(eval_report, "save_figure", lambda figure, path: figures.append(figure))
     eval_report.plot_bars(["x", "y"], {"one": [1.0, 2.0], "two": [3.0, 4.5]}, "score", "title", tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert sorted(bar.get_height() for bar in axes.patches) == [1.0, 2.0, 3.0, 4.5]
@@ -263,7 +263,7 @@ def test_bars_are_as_high_as_the_numbers(tmp_path, monkeypatch):
 
 def test_every_task_has_a_dot_per_run(two_runs, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(eval_report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(eval_report, "save_figure", lambda figure, path: figures.append(figure))
     runs = [read_run(folder) for folder in two_runs]
     eval_report.plot_tasks(runs, compare(runs), tmp_path / "a.png")
     (axes,) = figures[0].axes
