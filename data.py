@@ -35,7 +35,8 @@ class DatasetSpec:
 
     Args:
         name (`str`): How logs and errors call it.
-        path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory, or a Hub dataset id.
+        path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory or to where the command runs,
+            or a Hub dataset id.
         instructions (list of `str`): For its queries; several alternate from batch to batch.
         symmetric (list of `str`): Those of them under which documents carry the instruction too.
         sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch. In streaming, where the number
@@ -227,19 +228,19 @@ def _source(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool, **hub_options
 
 def find_file(spec: DatasetSpec, data_dir: str) -> str | None:
     """
-    The file of a dataset, or `None` when its path is a Hub id.
+    The file of a dataset, in `data_dir` or else from here, or `None` when its path is a Hub id.
 
     Raises:
         FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
         ValueError: a file of another kind.
     """
-    path = os.path.join(data_dir, spec.path)
-    if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
-        return path
+    for path in (os.path.join(data_dir, spec.path), spec.path):
+        if os.path.isfile(path):
+            if not path.endswith(SUFFIXES):
+                raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
+            return path
     if spec.path.endswith(SUFFIXES) or spec.path.count("/") > 1:
-        raise FileNotFoundError(f"Dataset {spec.name!r}: no file {path}.")
+        raise FileNotFoundError(f"Dataset {spec.name!r}: no file {spec.path}, neither in {data_dir} nor here.")
     return None
 
 

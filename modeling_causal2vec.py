@@ -185,13 +185,17 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`; of several
         Contextual tokens `(batch, num_contextual_tokens, hidden_size)`.
         """
+        if self.projector.queries is None:
+            return self.projector(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
         device = self.projector.linear_1.weight.device
         states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
-        if self.projector.queries is None:
-            contextual_vector = masked_mean(states, mask)  # (batch, encoder_hidden_size)
-        else:
-            contextual_vector = self.projector.queries(states, mask)  # (batch, tokens, encoder_hidden_size)
-        return self.projector(contextual_vector)
+        return self.projector(self.projector.queries(states, mask))  # (batch, tokens, hidden_size)
+
+    def get_encoder_embedding(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
+        """The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`."""
+        device = self.projector.linear_1.weight.device
+        states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
+        return masked_mean(states, mask)
 
     def get_encoder_states(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor):
         """The encoder's last hidden state `(batch, encoder_seq_len, encoder_hidden_size)` and its mask."""
@@ -243,6 +247,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         contextual_token: torch.FloatTensor | None = None,
+        encoder_embedding: torch.FloatTensor | None = None,
         use_cache: bool = False,
         output_last_hidden_state: bool = False,
         right_padded: bool = False,
@@ -259,6 +264,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             past_key_values (`Cache`, *optional*): Keys and values of what stands before `input_ids`.
             contextual_token (*optional*): `get_contextual_token`'s result, computed before; `encoder_ids` are then not
                 read.
+            encoder_embedding (`(batch, encoder_hidden_size)`, *optional*): `get_encoder_embedding`'s result, computed
+                before; it is projected, and `encoder_ids` are not read. For a single Contextual token.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
             right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
@@ -276,12 +283,16 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 raise ValueError(
                     "With `share_heads`, forward takes whole rows and `encoder_ids`, and gives embeddings."
                 )
-            if encoder_ids is None and self.encoder is not None:
+            if encoder_ids is None and encoder_embedding is None and self.encoder is not None:
                 raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
+            if encoder_embedding is not None:
+                kwargs["encoder_embedding"] = encoder_embedding
             return Causal2VecModelOutput(
                 self.embed(input_ids, attention_mask, encoder_ids, encoder_attention_mask, **kwargs)
             )
         is_slot = self.find_slots(input_ids)  # (batch, seq_len)
+        if contextual_token is None and encoder_embedding is not None:
+            contextual_token = self.projector(encoder_embedding)  # (batch, hidden_size)
         if contextual_token is None and self.encoder is not None:
             if encoder_ids is None:
                 raise ValueError("Pass `encoder_ids` (see `model.processor`) or a `contextual_token`.")
@@ -331,6 +342,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         encoder_ids: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         packed: bool | None = None,
+        encoder_embedding: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -343,14 +355,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if encoder_attention_mask is None and self.encoder is not None:
+        if encoder_attention_mask is None and encoder_ids is not None:
             encoder_attention_mask = torch.ones_like(encoder_ids)
         if packed is None:
             # Compiled code would be made anew for every new set of lengths.
             compiled = self._compiled_call_impl is not None
             packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
-        contextual_token = None
-        if packed and self.encoder is not None:
+        contextual_token = None if encoder_embedding is None else self.projector(encoder_embedding)
+        if contextual_token is None and packed and self.encoder is not None:
             lengths = encoder_attention_mask.sum(-1).tolist()
             groups = groups_of_like_length(lengths)
             tokens = [self.get_contextual_token(*trim(encoder_ids[g], encoder_attention_mask[g])) for g in groups]

@@ -7,6 +7,8 @@ interrupted run resumes from its last checkpoint). Pieces of text drawn by
 the seed are held out for perplexity.
 
     python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder
+    python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder-2 --model runs/decoder \
+        --skip_tokens 5000000
 """
 
 import glob
@@ -16,7 +18,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +38,10 @@ class PretrainArguments:
         metadata={"help": "Folder of .txt or .txt.zst files: a paragraph a line, blank line between documents."}
     )
     output_dir: str = field(metadata={"help": "Where the decoder, its tokenizer, checkpoints and pretrain.json go."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Decoder to go on from, a folder this script left; its tokenizer and sizes stay."},
+    )
     shards: list[str] | None = field(default=None, metadata={"help": "File stems to use. Default: all in corpus_dir."})
     vocab_size: int = field(default=8192, metadata={"help": "Entries of the BPE vocabulary, special tokens included."})
     hidden_size: int = field(default=384, metadata={"help": "Width of the decoder."})
@@ -44,6 +50,7 @@ class PretrainArguments:
     max_tokens: int = field(
         default=5_000_000, metadata={"help": "Training tokens to prepare, spread over shards by size."}
     )
+    skip_tokens: int = field(default=0, metadata={"help": "Tokens to pass over, which --model has been trained on."})
     heldout_tokens: int = field(default=100_000, metadata={"help": "Tokens kept back to measure perplexity."})
     seq_len: int = field(default=512, metadata={"help": "Tokens per training row."})
     batch_size: int = field(default=16, metadata={"help": "Rows per step."})
@@ -85,15 +92,26 @@ def pieces(document: str, size: int = 20_000) -> Iterator[str]:
         start = end
 
 
-def load_pieces(args: PretrainArguments) -> list[str]:
-    """All pieces of all chosen shards, shuffled by the seed."""
-    paths = sorted(glob.glob(os.path.join(args.corpus_dir, "*.txt*")))
+def corpus_files(corpus_dir: str, shards: Sequence[str] | None = None) -> list[str]:
+    """
+    The files of the named shards, in their order, or of all.
+
+    Raises:
+        ValueError: a shard has no file, or there are none.
+    """
+    paths = sorted(glob.glob(os.path.join(corpus_dir, "*.txt*")))
     stems = {os.path.basename(path).split(".")[0]: path for path in paths}
-    names = args.shards or list(stems)
+    names = shards or list(stems)
     missing = [name for name in names if name not in stems]
     if missing or not names:
-        raise ValueError(f"No corpus file for {missing or 'any shard'} in {args.corpus_dir}; found {sorted(stems)}.")
-    texts = [piece for name in names for document in read_documents(stems[name]) for piece in pieces(document)]
+        raise ValueError(f"No corpus file for {missing or 'any shard'} in {corpus_dir}; found {sorted(stems)}.")
+    return [stems[name] for name in names]
+
+
+def load_pieces(args: PretrainArguments) -> list[str]:
+    """All pieces of all chosen shards, shuffled by the seed."""
+    paths = corpus_files(args.corpus_dir, args.shards)
+    texts = [piece for path in paths for document in read_documents(path) for piece in pieces(document)]
     random.Random(args.seed).shuffle(texts)
     return texts
 
@@ -133,10 +151,13 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_chars: int = 30_000_0
 
 
 def write_tokens(texts: list[str], tokenizer, args: PretrainArguments, folder: Path) -> None:
-    """Writes `train.npy` and `heldout.npy`, uint16, pieces separated by EOS, until the wanted numbers are reached."""
+    """
+    Writes `train.npy` and `heldout.npy`, uint16, pieces separated by EOS, until the wanted numbers are reached. The
+    same pieces are held out and passed over in every run with the same seed, shards and tokenizer.
+    """
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"Ids are stored in 16 bits, so vocab_size is at most 65536; got {tokenizer.vocab_size}.")
-    targets = {"heldout": args.heldout_tokens, "train": args.max_tokens}
+    targets = {"heldout": args.heldout_tokens, None: args.skip_tokens, "train": args.max_tokens}
     position = 0
     for name, target in targets.items():
         ids: list[np.ndarray] = []
@@ -147,6 +168,8 @@ def write_tokens(texts: list[str], tokenizer, args: PretrainArguments, folder: P
             for encoding in tokenizer._tokenizer.encode_batch(chunk, add_special_tokens=False):
                 ids.append(np.asarray(encoding.ids + [tokenizer.eos_token_id], dtype=np.uint16))
                 count += len(ids[-1])
+        if name is None:
+            continue
         temporary = folder / f"{name}.tmp.npy"
         np.save(temporary, np.concatenate(ids)[:target])
         temporary.rename(folder / f"{name}.npy")
@@ -179,7 +202,12 @@ def main() -> None:
     if not all((output / name).exists() for name in ("tokenizer.json", "train.npy", "heldout.npy")):
         texts = load_pieces(args)
         logger.info("corpus: %d pieces, %d characters", len(texts), sum(map(len, texts)))
-        tokenizer = train_tokenizer(texts, args.vocab_size)
+        if args.model:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        else:
+            tokenizer = train_tokenizer(texts, args.vocab_size)
         write_tokens(texts, tokenizer, args, output)
         tokenizer.save_pretrained(output)
         del texts
@@ -198,22 +226,25 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     set_seed(args.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            intermediate_size=args.intermediate_size,
-            num_attention_heads=args.hidden_size // 64,
-            num_key_value_heads=max(1, args.hidden_size // 192),
-            head_dim=64,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    if args.model:
+        model = Qwen3ForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=args.hidden_size,
+                num_hidden_layers=args.num_hidden_layers,
+                intermediate_size=args.intermediate_size,
+                num_attention_heads=args.hidden_size // 64,
+                num_key_value_heads=max(1, args.hidden_size // 192),
+                head_dim=64,
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         )
-    )
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

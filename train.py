@@ -42,7 +42,7 @@ from data import (
     read_data_file,
     stream_rows,
 )
-from losses import InfoNCE, gradcache_backward, split_by_length
+from losses import InfoNCE, gradcache_backward, similarity_distillation, split_by_length
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE
 
@@ -174,6 +174,13 @@ class Causal2VecTrainingArguments(TrainingArguments):
             "help": "Rows of a batch with the same instruction read it once; gradients are the same. Without effect under gradient checkpointing or dropout."
         },
     )
+    distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a second loss that holds the similarities within a batch close to those of the encoder's own "
+            "vectors, for each half of the embedding. Needs a frozen encoder. 0: none, as in the paper."
+        },
+    )
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Embedding sizes at which the loss is taken too."}
     )
@@ -240,11 +247,11 @@ class Causal2VecTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         eval_frozen_towers(self.model)
+        self._read_encoder(inputs)
         share = self.args.share_heads
         queries = model(**inputs["queries"], share_heads=share).embeddings  # (batch, dim)
         documents = model(**inputs["documents"], share_heads=share).embeddings  # (batch + negatives, dim)
-        loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
-        self._check_finite(loss, inputs)
+        loss = self._loss(queries, documents, inputs)
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -253,16 +260,15 @@ class Causal2VecTrainer(Trainer):
         model.train()
         eval_frozen_towers(self.model)
         inputs = self._prepare_inputs(inputs)
+        self._read_encoder(inputs)
 
         def embed(batch: dict) -> torch.Tensor:
             with self.compute_loss_context_manager():
                 return model(**batch, share_heads=self.args.share_heads).embeddings.float()
 
         def loss_from(embeddings):
-            embeddings = (rows[order] for rows, order in zip(embeddings, orders))
-            loss = self.loss(*embeddings, inputs["query_ids"], inputs["document_ids"])
-            self._check_finite(loss, inputs)
-            return loss
+            queries, documents = (rows[order] for rows, order in zip(embeddings, orders))
+            return self._loss(queries, documents, inputs)
 
         sides = (inputs["queries"], inputs["documents"])
         groups, orders = zip(*(split_by_length(side, self.mini_batch_size) for side in sides))
@@ -280,12 +286,36 @@ class Causal2VecTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _check_finite(self, loss: torch.Tensor, inputs: dict) -> None:
+    @torch.no_grad()
+    def _read_encoder(self, inputs: dict) -> None:
+        """Puts a frozen encoder's vectors in the place of its ids: it is read once, in rows of like length."""
+        model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes what is asked of it on
+        if not reads_encoder_once(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        for side in ("queries", "documents"):
+            names = ("encoder_ids", "encoder_attention_mask")
+            texts = dict(zip(("input_ids", "attention_mask"), (inputs[side].pop(name) for name in names)))
+            parts, order = split_by_length(texts, 32)
+            with self.accelerator.autocast():
+                vectors = torch.cat([model.get_encoder_embedding(*part.values()) for part in parts])
+            inputs[side]["encoder_embedding"] = vectors[order]  # (rows, encoder_hidden_size)
+
+    def _loss(self, queries: torch.Tensor, documents: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """
+        Raises:
+            NonFiniteLoss: it is NaN or infinite.
+        """
+        loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
+        if self.args.distillation:
+            teacher = torch.cat([inputs[side]["encoder_embedding"] for side in ("queries", "documents")])
+            distance = similarity_distillation(torch.cat([queries, documents]), teacher, self.loss.sizes)
+            loss = loss + self.args.distillation * distance
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"Loss is {loss.item()} at step {self.state.global_step} on dataset {inputs['dataset']!r}, rows "
                 f"{inputs['rows']}. The last checkpoint stands; look at these rows, or lower the learning rate."
             )
+        return loss
 
 
 class MarkComplete(TrainerCallback):
@@ -307,6 +337,13 @@ def eval_frozen_towers(model) -> None:
     for tower in filter(None, (model.encoder, model.decoder)):  # a PeftModel passes these on
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()
+
+
+def reads_encoder_once(model) -> bool:
+    """Whether the encoder gives each text one vector that no step of training changes."""
+    if model.encoder is None or model.projector is None or model.projector.queries is not None:
+        return False
+    return not any(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
 def load_model(args: ModelArguments) -> Causal2VecModel:
@@ -554,6 +591,10 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         keep_base(base, output / "base")
     model = choose_parameters(base, model_args)
 
+    if args.distillation and not reads_encoder_once(model):
+        raise ValueError(
+            "--distillation needs a frozen encoder and one Contextual token: its vectors are what is kept."
+        )
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
     if args.gradcache:

@@ -109,6 +109,13 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["newer"]
 
 
+def test_a_file_beside_the_data_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").write_text(json.dumps({"query": "q", "positive": "p"}) + "\n")
+    spec = DatasetSpec("x", "here.jsonl", ["find"])
+    assert load_rows(spec, "elsewhere", str(tmp_path / "cache"))["query"][:] == ["q"]
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         load_rows(DatasetSpec("x", "x.jsonl", ["find"]), str(tmp_path), str(tmp_path / "cache"))

@@ -154,6 +154,16 @@ class TestForward:
         rest = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         assert torch.equal(embed(model, rest, contextual_token=token), embed(model, batch))
 
+    def test_encoder_embedding_computed_before(self, model):
+        batch = model.processor(TEXTS, instruction="Find it")
+        with torch.no_grad():
+            vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
+        rest = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        expected = embed(model, batch)
+        assert torch.equal(embed(model, rest, encoder_embedding=vectors), expected)
+        shared = embed(model, rest, encoder_embedding=vectors, share_heads=True)
+        assert difference(shared, expected) <= FP32_BOUND
+
     def test_later_positions_see_the_contextual_token_and_earlier_ones_do_not(self, model):
         batch = model.processor([TEXTS[1]] * 2, instruction="Find it")
         other = model.processor([TEXTS[4]] * 2)
