@@ -24,7 +24,7 @@ TEMPLATE = """
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
-decoder: {train_decoder}, encoder: {train_encoder}. Final loss {final_loss:.4f}. All arguments and the log are in
+decoder: {train_decoder}, encoder: {train_encoder}{distillation}. Final loss {final_loss:.4f}. All arguments and the log are in
 `training.json`.
 
 | dataset | from | rows | per epoch | licence | instructions |
@@ -87,11 +87,13 @@ def write_card(
         f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
         for tower in ("encoder", "decoder")
     )
+    weight = arguments.get("distillation")
     text = TEMPLATE.format(
         name=name,
         adapter=ADAPTER if Path(folder, "adapter_config.json").is_file() else "",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
+        distillation=f"; similarities distilled from the encoder, weight {weight}" if weight else "",
         final_loss=facts["final_loss"],
         datasets="\n".join(map(dataset_row, plan["datasets"], sources)),
         results=results_table(scores),

@@ -512,6 +512,8 @@ def test_distillation_keeps_the_encoders_similarities(run, tmp_path):
     without = agreement(run(*flags, output_dir=tmp_path / "without"), texts)
     with_it = agreement(run(*flags, "--distillation", "30", output_dir=tmp_path / "with"), texts)
     assert all(kept > lost + 0.05 for kept, lost in zip(with_it, without)), (with_it, without)
+    cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("with", "without")]
+    assert ["distilled from the encoder, weight 30.0" in card for card in cards] == [True, False]
     with pytest.raises(ValueError, match="frozen encoder"):
         run("--distillation", "1", "--train_encoder", "lora", output_dir=tmp_path / "refused")
 
