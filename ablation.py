@@ -226,9 +226,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def base_recipe(args: argparse.Namespace) -> dict:
-    """The recipe on this study's budget, without what costs time and no comparison needs."""
+    """The recipe on this study's budget, without what the paper has not or what costs time and no comparison needs."""
     recipe = read_json(args.recipe)
-    for name in ("matryoshka_dims", "load_best_model_at_end", "metric_for_best_model", "eval_steps", "dev_rows"):
+    left_out = "matryoshka_dims load_best_model_at_end metric_for_best_model eval_steps dev_rows gradcache distillation"
+    for name in left_out.split():
         recipe.pop(name, None)
     recipe |= {
         "max_steps": args.max_steps,

@@ -9,6 +9,7 @@ for another `dtype`. The bundled encoder was frozen in training, so the exported
 """
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -20,8 +21,6 @@ ROOT = Path(__file__).resolve().parent
 
 def store_half(folder: Path) -> None:
     """Rewrites a saved model's weights as float16, to be read as float32."""
-    import json
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -37,6 +36,15 @@ def store_half(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def forget_origin(folder: Path) -> None:
+    """Takes out of saved tokenizers that they were loaded from a folder, which is true of nobody's copy."""
+    for path in folder.rglob("tokenizer_config.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("is_local", "local_files_only"):
+            values.pop(name, None)
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def bundle(model_dir: str) -> None:
     """Copies everything but code and card into the repository root, file by file, each replaced at once."""
     from modeling_causal2vec import Causal2VecModel
@@ -44,6 +52,7 @@ def bundle(model_dir: str) -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
         Causal2VecModel.from_pretrained(model_dir, dtype="float32").save_pretrained(temporary)
         store_half(Path(temporary))
+        forget_origin(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             target = ROOT / path.relative_to(temporary)
             if path.is_file() and path.suffix != ".py" and path.name != "README.md":
@@ -67,6 +76,7 @@ def export_decoder(source: str, folder: str) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "pretrain.json"):
         shutil.copyfile(Path(source) / name, Path(folder) / name)
     store_half(Path(folder))
+    forget_origin(Path(folder))
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def test_a_decoder_that_goes_on_sees_other_tokens(monkeypatch, corpus, tmp_path)
     assert first["tokens_seen"] == 4 * 4 * 32 and 1 < first["heldout_perplexity"] < 400
     again = run(monkeypatch, corpus, tmp_path / "again", "--model", str(tmp_path / "first"), "--skip_tokens", "2000")
     assert again["heldout_perplexity"] < first["heldout_perplexity"]
+    assert len(again["samples"]) == 4 and all(sample["continuation"] for sample in again["samples"])
     tokens = {
         name: {part: np.load(tmp_path / name / f"{part}.npy") for part in ("train", "heldout")}
         for name in ("first", "again")
