@@ -25,11 +25,11 @@ if TYPE_CHECKING:  # never imported here; named so that a loader that follows on
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import Causal2VecConfig
-    from .modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true, masked_mean
+    from .modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import Causal2VecConfig
-    from modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true, masked_mean
+    from modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true
     from tokenization_utils import Causal2VecProcessor
 
 
@@ -91,7 +91,7 @@ class EmbeddingConcatModel(Causal2VecModel):
 
     def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean of the encoder's states `(batch, encoder_hidden_size)`. There is no slot for it to go to."""
-        return masked_mean(*self.get_encoder_states(encoder_ids, encoder_attention_mask))
+        return self.get_encoder_embedding(encoder_ids, encoder_attention_mask)
 
     def pool(self, contextual_state, eos_state: torch.Tensor, contextual_token: torch.Tensor) -> torch.Tensor:
         return torch.cat([eos_state, contextual_token.to(eos_state)], dim=-1)

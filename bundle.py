@@ -68,6 +68,7 @@ def export_encoder(folder: str) -> None:
     model = Causal2VecModel.from_pretrained(ROOT)
     model.encoder.save_pretrained(folder)
     model.processor.encoder_tokenizer.save_pretrained(folder)
+    forget_origin(Path(folder))
 
 
 def export_decoder(source: str, folder: str) -> None:

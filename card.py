@@ -93,7 +93,9 @@ def write_card(
         adapter=ADAPTER if Path(folder, "adapter_config.json").is_file() else "",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
-        distillation=f"; similarities distilled from the encoder, weight {weight}" if weight else "",
+        distillation=f"; similarities distilled from the encoder, weight {weight}, which the loss includes"
+        if weight
+        else "",
         final_loss=facts["final_loss"],
         datasets="\n".join(map(dataset_row, plan["datasets"], sources)),
         results=results_table(scores),

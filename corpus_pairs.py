@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=500, help="characters of a paragraph at most (default: 500)")
     parser.add_argument("--seed", type=int, default=42, help="of the choice of rows (default: 42)")
     args = parser.parse_args(argv)
+    if not args.output.name.endswith(".jsonl.gz"):
+        parser.error(f"--output must end in .jsonl.gz, got {args.output}")
 
     pairs = [
         pair
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for document in read_documents(path)
         for pair in neighbours(document, args.shortest, args.longest)
     ]
+    if not pairs:
+        parser.error(f"no two neighbouring paragraphs of {args.shortest} to {args.longest} characters")
     chosen = random.Random(args.seed).sample(pairs, min(args.rows, len(pairs)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_name(args.output.name + ".tmp")

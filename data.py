@@ -231,14 +231,16 @@ def find_file(spec: DatasetSpec, data_dir: str) -> str | None:
     The file of a dataset, in `data_dir` or else from here, or `None` when its path is a Hub id.
 
     Raises:
-        FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
+        FileNotFoundError: a file neither in `data_dir` nor here, and no Hub id by its form.
         ValueError: a file of another kind.
     """
-    for path in (os.path.join(data_dir, spec.path), spec.path):
-        if os.path.isfile(path):
-            if not path.endswith(SUFFIXES):
-                raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
-            return path
+    path = os.path.join(data_dir, spec.path)
+    if os.path.isfile(path):
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"Dataset {spec.name!r}: expected a file ending in {SUFFIXES}, got {path}.")
+        return path
+    if os.path.isfile(spec.path) and spec.path.endswith(SUFFIXES):
+        return spec.path
     if spec.path.endswith(SUFFIXES) or spec.path.count("/") > 1:
         raise FileNotFoundError(f"Dataset {spec.name!r}: no file {spec.path}, neither in {data_dir} nor here.")
     return None

@@ -92,7 +92,7 @@ def similarity_distillation(
     embeddings: torch.Tensor, teacher: torch.Tensor, sizes: Sequence[int], temperature: float = 0.1
 ) -> torch.Tensor:
     """
-    How far the similarities within a batch are from a teacher's, for each part of the embeddings by itself: the KL
+    How far the similarities within a batch (of one rank) are from a teacher's, for each part of the embeddings by itself: the KL
     divergence between the two distributions over a text's neighbours that the scaled cosines give. Not in the paper: it
     keeps what a frozen encoder knows about kinds of text that the training data lack.
 

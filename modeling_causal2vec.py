@@ -186,16 +186,25 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         Contextual tokens `(batch, num_contextual_tokens, hidden_size)`.
         """
         if self.projector.queries is None:
-            return self.projector(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
+            return self.project(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
         device = self.projector.linear_1.weight.device
         states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
         return self.projector(self.projector.queries(states, mask))  # (batch, tokens, hidden_size)
 
+    def project(self, encoder_embedding: torch.Tensor) -> torch.Tensor:
+        """
+        From `get_encoder_embedding`'s result to the Contextual token `(batch, hidden_size)`.
+
+        Raises:
+            ValueError: the model has no projector, or makes several Contextual tokens of all of the encoder's states.
+        """
+        if self.projector is None or self.projector.queries is not None:
+            raise ValueError("An `encoder_embedding` is projected by models with one Contextual token; this is none.")
+        return self.projector(encoder_embedding.to(self.projector.linear_1.weight.device))
+
     def get_encoder_embedding(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`."""
-        device = self.projector.linear_1.weight.device
-        states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
-        return masked_mean(states, mask)
+        return masked_mean(*self.get_encoder_states(encoder_ids, encoder_attention_mask))
 
     def get_encoder_states(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor):
         """The encoder's last hidden state `(batch, encoder_seq_len, encoder_hidden_size)` and its mask."""
@@ -265,7 +274,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token (*optional*): `get_contextual_token`'s result, computed before; `encoder_ids` are then not
                 read.
             encoder_embedding (`(batch, encoder_hidden_size)`, *optional*): `get_encoder_embedding`'s result, computed
-                before; it is projected, and `encoder_ids` are not read. For a single Contextual token.
+                before; its projection is the `contextual_token`.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
             right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
@@ -275,24 +284,22 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             kwargs: Passed on to the decoder.
 
         Raises:
-            ValueError: a row has not as many slots as it should, or neither `encoder_ids` nor `contextual_token` are
-                given.
+            ValueError: a row has not as many slots as it should, none of `encoder_ids`, `contextual_token` and
+                `encoder_embedding` is given, or `encoder_embedding` is, and the model has no use for it.
         """
+        if encoder_embedding is not None:
+            contextual_token = self.project(encoder_embedding)  # (batch, hidden_size)
         if share_heads:
-            if past_key_values is not None or contextual_token is not None or use_cache or output_last_hidden_state:
-                raise ValueError(
-                    "With `share_heads`, forward takes whole rows and `encoder_ids`, and gives embeddings."
-                )
-            if encoder_ids is None and encoder_embedding is None and self.encoder is not None:
+            if past_key_values is not None or use_cache or output_last_hidden_state:
+                raise ValueError("With `share_heads`, forward takes whole rows and gives embeddings.")
+            if encoder_ids is None and contextual_token is None and self.encoder is not None:
                 raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
-            if encoder_embedding is not None:
-                kwargs["encoder_embedding"] = encoder_embedding
+            if contextual_token is not None:
+                kwargs["contextual_token"] = contextual_token
             return Causal2VecModelOutput(
                 self.embed(input_ids, attention_mask, encoder_ids, encoder_attention_mask, **kwargs)
             )
         is_slot = self.find_slots(input_ids)  # (batch, seq_len)
-        if contextual_token is None and encoder_embedding is not None:
-            contextual_token = self.projector(encoder_embedding)  # (batch, hidden_size)
         if contextual_token is None and self.encoder is not None:
             if encoder_ids is None:
                 raise ValueError("Pass `encoder_ids` (see `model.processor`) or a `contextual_token`.")
@@ -342,7 +349,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         encoder_ids: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         packed: bool | None = None,
-        encoder_embedding: torch.Tensor | None = None,
+        contextual_token: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -361,7 +368,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             # Compiled code would be made anew for every new set of lengths.
             compiled = self._compiled_call_impl is not None
             packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
-        contextual_token = None if encoder_embedding is None else self.projector(encoder_embedding)
         if contextual_token is None and packed and self.encoder is not None:
             lengths = encoder_attention_mask.sum(-1).tolist()
             groups = groups_of_like_length(lengths)

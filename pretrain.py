@@ -3,8 +3,7 @@
 Not part of the paper, which starts from published LLMs; this gives the repository a decoder of its own that is small
 enough for a git clone. Three steps, each skipped when its result is already there: train the tokenizer on a sample of
 the corpus, write the corpus as one file of token ids, train next-token prediction with transformers' Trainer (an
-interrupted run resumes from its last checkpoint). Pieces of text drawn by
-the seed are held out for perplexity.
+interrupted run resumes from its last checkpoint). Pieces of text drawn by the seed are held out for perplexity.
 
     python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder
     python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder-2 --model runs/decoder \
@@ -153,7 +152,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_chars: int = 30_000_0
 def write_tokens(texts: list[str], tokenizer, args: PretrainArguments, folder: Path) -> None:
     """
     Writes `train.npy` and `heldout.npy`, uint16, pieces separated by EOS, until the wanted numbers are reached. The
-    same pieces are held out and passed over in every run with the same seed, shards and tokenizer.
+    same pieces are held out and passed over in every run with the same seed, shards, tokenizer and held-out tokens.
     """
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"Ids are stored in 16 bits, so vocab_size is at most 65536; got {tokenizer.vocab_size}.")
@@ -168,6 +167,8 @@ def write_tokens(texts: list[str], tokenizer, args: PretrainArguments, folder: P
             for encoding in tokenizer._tokenizer.encode_batch(chunk, add_special_tokens=False):
                 ids.append(np.asarray(encoding.ids + [tokenizer.eos_token_id], dtype=np.uint16))
                 count += len(ids[-1])
+        if count < min(target, 1):
+            raise ValueError(f"The corpus is used up before the {name or 'skipped'} tokens: lower --skip_tokens.")
         if name is None:
             continue
         temporary = folder / f"{name}.tmp.npy"
@@ -189,6 +190,27 @@ class TokenRows:
     def __getitem__(self, index: int) -> dict:
         row = self.tokens[index * self.seq_len : (index + 1) * self.seq_len].astype(np.int64)  # (seq_len,)
         return {"input_ids": row, "labels": row}
+
+
+def seen_before(args: PretrainArguments) -> int:
+    """
+    Tokens that `--model` was trained on.
+
+    Raises:
+        ValueError: its run held other text out, so that its perplexity here would be that of text it may have seen.
+    """
+    if args.model is None:
+        return 0
+    if Path(args.model).resolve() == Path(args.output_dir).resolve():
+        raise ValueError(f"--output_dir must be another folder than --model, got {args.model} for both.")
+    facts = json.loads(Path(args.model, "pretrain.json").read_text())
+    for name in ("seed", "shards", "heldout_tokens"):
+        if getattr(args, name) != facts["arguments"][name]:
+            raise ValueError(
+                f"--{name} must be {facts['arguments'][name]!r}, as for {args.model}, so that the same text is held out; "
+                f"got {getattr(args, name)!r}."
+            )
+    return facts["tokens_seen"] + facts.get("tokens_seen_before", 0)
 
 
 def samples(model, tokenizer, rows: TokenRows, count: int = 4, prompt_tokens: int = 16, new_tokens: int = 48) -> list:
@@ -217,6 +239,7 @@ def main() -> None:
     (args,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     output = Path(args.output_dir)
+    before = seen_before(args)
     output.mkdir(parents=True, exist_ok=True)
 
     if not all((output / name).exists() for name in ("tokenizer.json", "train.npy", "heldout.npy")):
@@ -242,12 +265,16 @@ def main() -> None:
         default_data_collator,
         set_seed,
     )
+    from transformers.trainer_callback import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     set_seed(args.seed)
-    if args.model:
-        model = Qwen3ForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    checkpoints = output / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    finished = last is not None and int(last.rsplit("-", 1)[1]) >= args.max_steps
+    if finished or args.model:
+        model = Qwen3ForCausalLM.from_pretrained(last if finished else args.model, dtype=torch.float32)
     else:
         model = Qwen3ForCausalLM(
             Qwen3Config(
@@ -268,7 +295,7 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(output / "checkpoints"),
+            output_dir=str(checkpoints),
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
             max_steps=args.max_steps,
@@ -290,11 +317,10 @@ def main() -> None:
         eval_dataset=TokenRows(output / "heldout.npy", args.seq_len),
         data_collator=default_data_collator,
     )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir)
-        if os.path.isdir(trainer.args.output_dir)
-        else None
-    )
+    if finished:
+        trainer.state = TrainerState.load_from_json(str(Path(last, "trainer_state.json")))
+    else:
+        trainer.train(resume_from_checkpoint=last)
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output))
 
@@ -304,6 +330,7 @@ def main() -> None:
     facts = {
         "arguments": vars(args),
         "parameters": model.num_parameters(),
+        "tokens_seen_before": before,
         "tokens_seen": trainer.state.global_step * args.batch_size * args.seq_len,
         "heldout_loss": loss,
         "heldout_perplexity": math.exp(loss),

@@ -126,7 +126,9 @@ class DataArguments:
     """What it is trained on."""
 
     data_file: str | None = field(default=None, metadata={"help": "JSON list of datasets, see recipes/data/."})
-    data_dir: str = field(default=".", metadata={"help": "Folder that the data file's paths are relative to."})
+    data_dir: str = field(
+        default=".", metadata={"help": "Folder that the data file's paths are relative to, where they are not here."}
+    )
     datasets: list[str] | None = field(default=None, metadata={"help": "Names in the data file to use. Default: all."})
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Count and leave out rows that cannot be used instead of stopping."}
@@ -177,8 +179,8 @@ class Causal2VecTrainingArguments(TrainingArguments):
     distillation: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a second loss that holds the similarities within a batch close to those of the encoder's own "
-            "vectors, for each half of the embedding. Needs a frozen encoder. 0: none, as in the paper."
+            "help": "Weight of a second loss that holds the similarities within a rank's batch close to those of the "
+            "encoder's own vectors, for each half of the embedding. Needs a frozen encoder. 0: none, as in the paper."
         },
     )
     matryoshka_dims: list[int] | None = field(
@@ -295,7 +297,7 @@ class Causal2VecTrainer(Trainer):
         for side in ("queries", "documents"):
             names = ("encoder_ids", "encoder_attention_mask")
             texts = dict(zip(("input_ids", "attention_mask"), (inputs[side].pop(name) for name in names)))
-            parts, order = split_by_length(texts, 32)
+            parts, order = split_by_length(texts, self.mini_batch_size or self.args.per_device_train_batch_size)
             with self.accelerator.autocast():
                 vectors = torch.cat([model.get_encoder_embedding(*part.values()) for part in parts])
             inputs[side]["encoder_embedding"] = vectors[order]  # (rows, encoder_hidden_size)
@@ -591,9 +593,12 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         keep_base(base, output / "base")
     model = choose_parameters(base, model_args)
 
+    if not 0 <= args.distillation < math.inf:
+        raise ValueError(f"--distillation must be 0 or a positive number, got {args.distillation}.")
     if args.distillation and not reads_encoder_once(model):
         raise ValueError(
-            "--distillation needs a frozen encoder and one Contextual token: its vectors are what is kept."
+            "--distillation keeps the vectors of a frozen encoder with one Contextual token; this model has none. Use "
+            "--distillation 0."
         )
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
@@ -642,6 +647,8 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         mini_batch_size=mini_batch_size,
         callbacks=[MarkComplete(), *callbacks],
     )
+    if args.distillation and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0.")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_dict()})

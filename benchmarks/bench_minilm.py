@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict:
     transformers.utils.logging.disable_progress_bar()
     models = {(dtype, side): model for dtype in args.dtype for side, model in load(args, dtype).items()}
     ours, baseline = (models[args.dtype[0], side] for side in SIDES)
-    towers = {"decoder": ours[0].model.decoder, "encoder": ours[0].model.encoder}
+    towers = {name: getattr(ours[0].model, name) for name in ("decoder", "projector", "encoder")}
     prompts = {ONE_BY_ONE: ours.prompts["query"] or None, "short texts": read_instruction("STSBenchmark")}
     results = {
         "device": f"{torch.get_num_threads()} CPU threads ({platform.machine()})",

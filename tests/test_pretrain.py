@@ -40,6 +40,7 @@ def test_a_decoder_that_goes_on_sees_other_tokens(monkeypatch, corpus, tmp_path)
     assert first["tokens_seen"] == 4 * 4 * 32 and 1 < first["heldout_perplexity"] < 400
     again = run(monkeypatch, corpus, tmp_path / "again", "--model", str(tmp_path / "first"), "--skip_tokens", "2000")
     assert again["heldout_perplexity"] < first["heldout_perplexity"]
+    assert (again["tokens_seen_before"], again["tokens_seen"]) == (512, 512)
     assert len(again["samples"]) == 4 and all(sample["continuation"] for sample in again["samples"])
     tokens = {
         name: {part: np.load(tmp_path / name / f"{part}.npy") for part in ("train", "heldout")}
@@ -51,6 +52,17 @@ def test_a_decoder_that_goes_on_sees_other_tokens(monkeypatch, corpus, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
     read = {name: set(tokenizer.decode(parts["train"]).split("\n")[1:-1]) for name, parts in tokens.items()}
     assert len(read["first"]) > 20 and not read["first"] & read["again"]
+
+    finished = run(monkeypatch, corpus, tmp_path / "first")  # nothing is left to train
+    assert finished["heldout_loss"] == pytest.approx(first["heldout_loss"]) and finished["tokens_seen"] == 512
+    for flags, told in (
+        (("--seed", "1"), "--seed must be 42, as for"),
+        (("--skip_tokens", "10000000"), "lower --skip_tokens"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(monkeypatch, corpus, tmp_path / "refused", "--model", str(tmp_path / "first"), *flags)
+    with pytest.raises(ValueError, match="another folder"):
+        run(monkeypatch, corpus, tmp_path / "first", "--model", str(tmp_path / "first"))
 
 
 def test_a_missing_shard(corpus):
