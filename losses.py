@@ -88,33 +88,23 @@ class InfoNCE(torch.nn.Module):
         return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
 
 
-def similarity_distillation(
-    embeddings: torch.Tensor, teacher: torch.Tensor, sizes: Sequence[int], temperature: float = 0.1
-) -> torch.Tensor:
+def similarity_distillation(embeddings: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """
-    How far the similarities within a batch (of one rank) are from a teacher's, for each part of the embeddings by itself: the KL
-    divergence between the two distributions over a text's neighbours that the scaled cosines give. Not in the paper: it
-    keeps what a frozen encoder knows about kinds of text that the training data lack.
+    How far the similarities within a batch (of one rank) are from a teacher's: 1 less the correlation of their cosines
+    over all pairs of texts. Not in the paper: it keeps what a frozen encoder knows about kinds of text that the training
+    data lack. A correlation leaves scale and offset free, so that an EOS state that still says little may say nothing.
 
     Args:
         embeddings (`(batch, dim)`): What is trained.
         teacher (`(batch, teacher_dim)`): The teacher's vectors of the same texts.
-        sizes (list of `int`): The configuration's `embedding_sizes`, whose sum is `dim`.
-        temperature (`float`, defaults to 0.1): What cosines are divided by.
     """
 
-    def neighbours(vectors: torch.Tensor) -> torch.Tensor:
+    def deviations(vectors: torch.Tensor) -> torch.Tensor:
         vectors = F.normalize(vectors.float(), dim=-1)
-        scores = vectors @ vectors.T / temperature  # (batch, batch)
-        itself = torch.eye(len(vectors), dtype=torch.bool, device=scores.device)
-        return scores[~itself].view(len(vectors), -1).log_softmax(-1)  # (batch, batch - 1)
+        cosines = (vectors @ vectors.T)[~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)]
+        return F.normalize(cosines - cosines.mean(), dim=0)  # (batch * (batch - 1),)
 
-    target = neighbours(teacher)
-    parts = [
-        F.kl_div(neighbours(part), target, log_target=True, reduction="batchmean")
-        for part in embeddings.split(sizes, -1)
-    ]
-    return torch.stack(parts).mean()
+    return 1 - (deviations(embeddings) * deviations(teacher)).sum()
 
 
 def known_positives(

@@ -179,8 +179,8 @@ class Causal2VecTrainingArguments(TrainingArguments):
     distillation: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a second loss that holds the similarities within a rank's batch close to those of the "
-            "encoder's own vectors, for each half of the embedding. Needs a frozen encoder. 0: none, as in the paper."
+            "help": "Weight of a second loss, 1 less the correlation of the similarities within a rank's batch with those "
+            "of the encoder's own vectors. Needs a frozen encoder. 0: none, as in the paper."
         },
     )
     matryoshka_dims: list[int] | None = field(
@@ -310,7 +310,7 @@ class Causal2VecTrainer(Trainer):
         loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
         if self.args.distillation:
             teacher = torch.cat([inputs[side]["encoder_embedding"] for side in ("queries", "documents")])
-            distance = similarity_distillation(torch.cat([queries, documents]), teacher, self.loss.sizes)
+            distance = similarity_distillation(torch.cat([queries, documents]), teacher)
             loss = loss + self.args.distillation * distance
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
@@ -376,15 +376,17 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
     )
     if args.projector_identity is not None and model.projector is not None:
-        start_projector_as_identity(model.projector, args.projector_identity)
+        start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
     return model
 
 
 @torch.no_grad()
-def start_projector_as_identity(projector, scale: float) -> None:
+def start_projector_as_identity(projector, scale: float, gains: torch.Tensor | None = None) -> None:
     """
-    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x. Learnable queries, where
-    it has them, start out close to the mean of what they attend to.
+    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x. Each number is divided by
+    the gain that the decoder's last norm will multiply it with, so that what comes out is the input again as far as
+    `scale` outweighs what the layers add. Learnable queries, where it has them, start out close to the mean of what they
+    attend to.
 
     Raises:
         ValueError: the decoder is narrower than the encoder, or the activation is not GELU.
@@ -396,6 +398,8 @@ def start_projector_as_identity(projector, scale: float) -> None:
             f"{width} for {size}."
         )
     identity = torch.eye(width, size)  # (width, size)
+    if gains is not None:
+        identity /= gains.float().abs().clamp(min=0.1 * float(gains.float().abs().mean())).unsqueeze(-1)
     projector.linear_1.weight.copy_(torch.cat([torch.eye(size), -torch.eye(size)]))  # (2 * size, size)
     projector.linear_2.weight.copy_(scale * torch.cat([identity, -identity], dim=1))  # (width, 2 * size)
     if projector.queries is not None:
@@ -404,6 +408,11 @@ def start_projector_as_identity(projector, scale: float) -> None:
     for linear in (projector.linear_1, projector.linear_2):
         if linear.bias is not None:
             linear.bias.zero_()
+
+
+def last_norm(decoder) -> torch.Tensor | None:
+    """The gains of the norm behind a decoder's last layer, where transformers' usual name leads to them."""
+    return getattr(getattr(decoder, "norm", None), "weight", None)
 
 
 def choose_parameters(model: Causal2VecModel, args: ModelArguments):

@@ -175,17 +175,6 @@ def rows_under(heading: str) -> dict[str, list[float]]:
     return {name: [float(cell) for cell in cells] for name, *cells in rows[2:]}
 
 
-def test_scores_before_and_after_training():
-    before, after = (
-        read_run(str(ROOT / "results" / name)) for name in ("causal2vec-tiny-untrained", "causal2vec-tiny")
-    )
-    told = rows_under("### Before and after training")
-    assert len(told) == 5
-    for task, numbers in told.items():
-        found = [{**run.scores, **run.other}[task] for run in (before, after)]
-        assert numbers == [round(score, 2) for score in found], task
-
-
 def test_speed_is_what_the_benchmark_measured():
     tasks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["tasks"]
     told = rows_under("## Speed")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import train
+from losses import similarity_distillation
 from modeling_causal2vec import Causal2VecModel
 
 
@@ -170,6 +171,14 @@ def test_a_projector_that_starts_as_the_identity(backbone_dir):
     narrow.linear_2 = torch.nn.Linear(48, 16)
     with pytest.raises(ValueError, match="at least as wide"):
         train.start_projector_as_identity(narrow, 1.0)
+
+    torch.nn.init.uniform_(model.decoder.norm.weight, 0.5, 2)
+    train.start_projector_as_identity(model.projector, 1e4, train.last_norm(model.decoder))
+    batch = model.processor(TEXTS, instruction="find")
+    with torch.no_grad():
+        contextual = model(**batch).embeddings[:, :24]
+        vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
+    assert torch.nn.functional.cosine_similarity(contextual, vectors).min() > 0.9999  # the norm's gains are undone
 
 
 def test_mixing_lora_and_full_is_refused(make_model):
@@ -413,9 +422,9 @@ def test_arguments_that_cannot_work(run, tmp_path):
 def test_recipes_parse(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, data, args = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"])
-    assert model.model or (model.encoder and model.decoder)
+    assert model.encoder and model.decoder
     assert (ROOT / data.data_file).exists()
-    if not path.stem.startswith("tiny"):
+    if path.stem != "tiny":
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
         assert args.scheduler_steps == 2 * args.max_steps
 
@@ -493,17 +502,11 @@ def test_a_frozen_encoder_is_read_once_per_text(run, monkeypatch):
 
 
 def agreement(folder, texts):
-    """How the similarities of each half of a model's embeddings correlate with those of its encoder's vectors."""
+    """How the similarities of a model's embeddings correlate with those of its encoder's vectors."""
     model = Causal2VecModel.from_pretrained(folder)
     batch = model.processor(texts)
     teacher = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"]).detach()
-    halves = model.encode(texts, convert_to_tensor=True).split(model.config.embedding_sizes, dim=-1)
-    above = torch.ones(len(texts), len(texts)).triu(1).bool()
-    cosines = [
-        torch.nn.functional.normalize(v, dim=-1) @ torch.nn.functional.normalize(v, dim=-1).T
-        for v in (teacher, *halves)
-    ]
-    return [float(torch.corrcoef(torch.stack([cosines[0][above], c[above]]))[0, 1]) for c in cosines[1:]]
+    return 1 - float(similarity_distillation(model.encode(texts, convert_to_tensor=True), teacher))
 
 
 def test_distillation_keeps_the_encoders_similarities(run, tmp_path):
@@ -511,7 +514,7 @@ def test_distillation_keeps_the_encoders_similarities(run, tmp_path):
     flags = ("--train_decoder", "full", "--max_steps", "12", "--learning_rate", "3e-3")
     without = agreement(run(*flags, output_dir=tmp_path / "without"), texts)
     with_it = agreement(run(*flags, "--distillation", "30", output_dir=tmp_path / "with"), texts)
-    assert all(kept > lost + 0.05 for kept, lost in zip(with_it, without)), (with_it, without)
+    assert with_it > without + 0.05
     cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("with", "without")]
     assert ["distilled from the encoder, weight 30.0" in card for card in cards] == [True, False]
     with pytest.raises(ValueError, match="frozen encoder"):

@@ -283,6 +283,12 @@ class TestRows:
         with pytest.raises(RuntimeError, match="shape"):
             model(**model.processor(TEXTS[:2]), contextual_token=tokens)
 
+    @pytest.mark.parametrize("name", ["last_token", "embedding_concat", "two"])
+    def test_an_encoder_embedding_that_is_not_projected(self, variants, name):
+        model = variants(name)
+        with pytest.raises(ValueError, match="one Contextual token; this is none"):
+            model(**model.processor(TEXTS[:2]), encoder_embedding=torch.zeros(2, 24))
+
     @pytest.mark.parametrize("name", ["last_token", "embedding_concat"])
     def test_no_slot(self, variants, name):
         rows, expected = (variants(n).processor("hi", INSTRUCTION)["input_ids"][0] for n in (name, "concat"))
