@@ -167,7 +167,7 @@ def write_tokens(texts: list[str], tokenizer, args: PretrainArguments, folder: P
             for encoding in tokenizer._tokenizer.encode_batch(chunk, add_special_tokens=False):
                 ids.append(np.asarray(encoding.ids + [tokenizer.eos_token_id], dtype=np.uint16))
                 count += len(ids[-1])
-        if count < min(target, 1):
+        if target and not count:
             raise ValueError(f"The corpus is used up before the {name or 'skipped'} tokens: lower --skip_tokens.")
         if name is None:
             continue
@@ -213,7 +213,9 @@ def seen_before(args: PretrainArguments) -> int:
     return facts["tokens_seen"] + facts.get("tokens_seen_before", 0)
 
 
-def samples(model, tokenizer, rows: TokenRows, count: int = 4, prompt_tokens: int = 16, new_tokens: int = 48) -> list:
+def samples(
+    model, tokenizer, rows: TokenRows, count: int = 4, prompt_tokens: int = 16, new_tokens: int = 48
+) -> list[dict]:
     """How the model goes on with the beginnings of the first rows, drawn at temperature 0.8 from the 50 likeliest."""
     import torch
 
@@ -229,8 +231,9 @@ def samples(model, tokenizer, rows: TokenRows, count: int = 4, prompt_tokens: in
             temperature=0.8,
             top_k=50,
         )[0]
-        drawn.append([tokenizer.decode(part) for part in (ids[:prompt_tokens], ids[prompt_tokens:])])
-    return [{"prompt": prompt, "continuation": continuation} for prompt, continuation in drawn]
+        parts = {"prompt": ids[:prompt_tokens], "continuation": ids[prompt_tokens:]}
+        drawn.append({name: tokenizer.decode(part) for name, part in parts.items()})
+    return drawn
 
 
 def main() -> None:
