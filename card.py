@@ -24,8 +24,8 @@ TEMPLATE = """
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
-decoder: {train_decoder}, encoder: {train_encoder}{distillation}. Final loss {final_loss:.4f}. All arguments and the log are in
-`training.json`.
+decoder: {train_decoder}, encoder: {train_encoder}{distillation}{interpolation}. Final loss {final_loss:.4f}. All
+arguments and the log are in `training.json`.
 
 | dataset | from | rows | per epoch | licence | instructions |
 |---|---|---|---|---|---|
@@ -87,7 +87,7 @@ def write_card(
         f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
         for tower in ("encoder", "decoder")
     )
-    weight = arguments.get("distillation")
+    weight, share = arguments.get("distillation"), arguments.get("interpolation", 1)
     text = TEMPLATE.format(
         name=name,
         adapter=ADAPTER if Path(folder, "adapter_config.json").is_file() else "",
@@ -95,6 +95,9 @@ def write_card(
         global_batch_size=plan["global_batch_size"],
         distillation=f"; similarities distilled from the encoder, weight {weight}, which the loss includes"
         if weight
+        else "",
+        interpolation=f"; saved weights interpolated, {share} of the way from the start to the end of training"
+        if share < 1
         else "",
         final_loss=facts["final_loss"],
         datasets="\n".join(map(dataset_row, plan["datasets"], sources)),

@@ -186,6 +186,14 @@ class Causal2VecTrainingArguments(TrainingArguments):
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Embedding sizes at which the loss is taken too."}
     )
+    interpolation: float = field(
+        default=1.0,
+        metadata={
+            "help": "Save weights this far along the line from where training began to where it ended (WiSE-FT, arXiv "
+            "2109.01903), which keeps more of what the start knew. 1: the trained weights, as in the paper. With "
+            "--resume, a finished run is saved anew. Not with LoRA."
+        },
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir, if any."}
     )
@@ -451,6 +459,13 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
     return model
 
 
+@torch.no_grad()
+def interpolate(model, start: dict[str, torch.Tensor], weight: float) -> None:
+    """Moves the parameters to `(1 - weight) * start + weight * parameter`, for all names in `start`."""
+    for name, parameter in model.named_parameters():
+        parameter.lerp_(start[name].to(parameter), 1 - weight)
+
+
 def lora_targets(model: Causal2VecModel, tower: str) -> str:
     """A pattern for all linear layers of one tower and nothing else."""
     names = {
@@ -600,6 +615,11 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base")
+    if not 0 < args.interpolation <= 1:
+        raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
+    if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
+        raise ValueError("--interpolation would leave an adapter that is not the model; train in full, or use 1.")
+    start = {name: weight.clone() for name, weight in base.named_parameters()} if args.interpolation < 1 else {}
     model = choose_parameters(base, model_args)
 
     if not 0 <= args.distillation < math.inf:
@@ -656,9 +676,16 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         mini_batch_size=mini_batch_size,
         callbacks=[MarkComplete(), *callbacks],
     )
-    if args.distillation and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError("--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if args.distillation:
+            raise ValueError("--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0.")
+        if args.interpolation < 1:
+            raise ValueError("--interpolation needs whole weights, which FSDP and DeepSpeed do not keep; use 1.")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.interpolation < 1:
+        interpolate(trainer.accelerator.unwrap_model(trainer.model), start, args.interpolation)
+        if dev_sets:
+            trainer.evaluate()
     if trainer.is_world_process_zero():
         save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_dict()})
     return output / "model"

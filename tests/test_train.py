@@ -521,6 +521,34 @@ def test_distillation_keeps_the_encoders_similarities(run, tmp_path):
         run("--distillation", "1", "--train_encoder", "lora", output_dir=tmp_path / "refused")
 
 
+def test_interpolation_saves_a_point_between_start_and_end(run, backbone_dir, tmp_path):
+    flags = ("--train_decoder", "full", "--seed", "3")
+    ends = run(*flags, output_dir=tmp_path / "run")
+    end = load_file(ends / "model.safetensors")
+    start = load_file(run(*flags, "--learning_rate", 0, output_dir=tmp_path / "start") / "model.safetensors")
+    log = losses(ends.parent)
+    halfway = run(*flags, "--interpolation", 0.25, "--resume", "--dev_rows", 2, output_dir=ends.parent)
+    assert losses(halfway.parent) == log  # nothing was trained again
+    weights = load_file(halfway / "model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * end[name], msg=name)
+    assert any((weights[name] - end[name]).abs().max() > 1e-3 for name in weights)
+    assert "eval_score" in json.loads((ends.parent / "training.json").read_text())["log"][-1]
+    assert "interpolated" in (halfway / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--interpolation", 0, "--train_decoder", "full"), "above 0 and at most 1"),
+        (("--interpolation", 0.5), "not the model; train in full"),
+    ],
+)
+def test_interpolation_that_cannot_be(run, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*flags)
+
+
 def test_queries_that_start_as_the_mean(backbone_dir):
     args = train.ModelArguments(
         encoder=backbone_dir("bert"), decoder=backbone_dir("llama"), projector_identity=3.0, num_contextual_tokens=2
