@@ -678,7 +678,9 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         if args.distillation:
-            raise ValueError("--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0.")
+            raise ValueError(
+                "--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0."
+            )
         if args.interpolation < 1:
             raise ValueError("--interpolation needs whole weights, which FSDP and DeepSpeed do not keep; use 1.")
     trainer.train(resume_from_checkpoint=checkpoint)
