@@ -162,7 +162,7 @@ def test_results_table_is_what_the_results_say():
     (command,) = [line for line in commands() if "--readme README.md" in line]
     words = shlex.split(command)
     runs = [read_run(str(ROOT / name)) for name in words[words.index("--compare") + 1 : words.index("--output")]]
-    assert len(runs) == 3
+    assert len(runs) == 4
     table = comparison_markdown(runs, compare(runs))
     assert "STSBenchmark" in table
     assert replace_table(TEXT, table) == TEXT
