@@ -228,8 +228,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def base_recipe(args: argparse.Namespace) -> dict:
     """The recipe on this study's budget, with the paper's loss alone and without what costs time only."""
     recipe = read_json(args.recipe)
-    left_out = "matryoshka_dims load_best_model_at_end metric_for_best_model eval_steps dev_rows gradcache"
-    for name in (*left_out.split(), "distillation", "interpolation"):
+    left_out = (
+        "matryoshka_dims load_best_model_at_end metric_for_best_model eval_steps dev_rows gradcache distillation "
+        "interpolation"
+    )
+    for name in left_out.split():
         recipe.pop(name, None)
     recipe |= {
         "max_steps": args.max_steps,

@@ -463,7 +463,8 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
 def interpolate(model, start: dict[str, torch.Tensor], weight: float) -> None:
     """Moves the parameters to `(1 - weight) * start + weight * parameter`, for all names in `start`."""
     for name, parameter in model.named_parameters():
-        parameter.lerp_(start[name].to(parameter), 1 - weight)
+        if name in start:
+            parameter.lerp_(start[name].to(parameter), 1 - weight)
 
 
 def lora_targets(model: Causal2VecModel, tower: str) -> str:
@@ -619,8 +620,9 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
     if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
         raise ValueError("--interpolation would leave an adapter that is not the model; train in full, or use 1.")
-    start = {name: weight.clone() for name, weight in base.named_parameters()} if args.interpolation < 1 else {}
     model = choose_parameters(base, model_args)
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    start = {name: weight.detach().clone() for name, weight in trained} if args.interpolation < 1 else {}
 
     if not 0 <= args.distillation < math.inf:
         raise ValueError(f"--distillation must be 0 or a positive number, got {args.distillation}.")
