@@ -91,9 +91,9 @@ class ModelArguments:
     projector_identity: float | None = field(
         default=None,
         metadata={
-            "help": "Without --model: start the projector as this multiple of the identity, so that the Contextual "
-            "token's state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder. "
-            "Without effect where there is no projector."
+            "help": "Start the projector as this multiple of the identity, with --model too, so that the Contextual token's "
+            "state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder. Without effect "
+            "where there is no projector."
         },
     )
     pooling: str | None = field(
@@ -373,7 +373,10 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
-        return Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
+        model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
+        if args.projector_identity is not None and model.projector is not None:
+            start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
+        return model
     names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -582,14 +585,15 @@ def plot(log: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTrainingArguments]:
+def parse(argv: list[str], *more: type) -> tuple:
     """
-    Arguments from flags, or from a recipe and the flags behind it.
+    Arguments from flags, or from a recipe and the flags behind it: [`ModelArguments`], [`DataArguments`],
+    [`Causal2VecTrainingArguments`], and one of each further dataclass in `more`.
 
     Raises:
         ValueError: the recipe has an unknown key.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments, *more))
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     if argv and argv[0].endswith(".json"):
         recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
@@ -611,21 +615,20 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     checkpoint = last_complete_checkpoint(args.output_dir) if args.resume else None
     if not args.resume and not args.dry_run and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise ValueError(f"{output} holds checkpoints of another run. Add --resume, or choose another --output_dir.")
+    if not 0 < args.interpolation <= 1:
+        raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
+    if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
+        raise ValueError("--interpolation would leave an adapter that is not the model; train in full, or use 1.")
+    if not 0 <= args.distillation < math.inf:
+        raise ValueError(f"--distillation must be 0 or a positive number, got {args.distillation}.")
 
     data, dev_sets = load_data(data_args, args)
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base")
-    if not 0 < args.interpolation <= 1:
-        raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
-    if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
-        raise ValueError("--interpolation would leave an adapter that is not the model; train in full, or use 1.")
     model = choose_parameters(base, model_args)
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     start = {name: weight.detach().clone() for name, weight in trained} if args.interpolation < 1 else {}
-
-    if not 0 <= args.distillation < math.inf:
-        raise ValueError(f"--distillation must be 0 or a positive number, got {args.distillation}.")
     if args.distillation and not reads_encoder_once(model):
         raise ValueError(
             "--distillation keeps the vectors of a frozen encoder with one Contextual token; this model has none. Use "

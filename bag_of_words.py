@@ -1,0 +1,361 @@
+"""Teaches the EOS state which words its text has, on texts alone, before train.py goes on with pairs.
+
+    python bag_of_words.py recipes/words.json
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 bag_of_words.py recipes/words.json --resume
+
+Not in the paper, whose decoders are large and trained for long: the bundled decoder is small, and pairs alone would leave
+its EOS state nearly the same for all texts. Bag-of-words prediction as a pretraining for retrieval is known from encoders
+(arXiv 2401.11248). The recipe is one of train.py with the arguments of [`WordArguments`] besides; pairs are read as single
+texts. The encoder is not read: a random vector stands in the Contextual token's place. Left in `output_dir`: `model/`, for
+train.py's `--model`, and `words.json` and `words.png` with the run's curve.
+
+Training on pairs shortens the EOS state again; at the end it can be lengthened, by a factor chosen on a dev set:
+
+    python bag_of_words.py --lengthen runs/pairs/model --factor -3 --output_dir runs/tiny/model
+"""
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from card import without_machine_paths
+from modeling_causal2vec import Causal2VecModel
+from train import (
+    MarkComplete,
+    last_complete_checkpoint,
+    last_norm,
+    load_data,
+    load_model,
+    parse,
+    plot,
+)
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class WordArguments:
+    """What the EOS state is taught, and in what."""
+
+    embedding_scale: float = field(
+        default=300.0,
+        metadata={
+            "help": "Multiply the word embeddings, EOS's excepted, so that what the layers add does not drown them."
+        },
+    )
+    words_norm: float = field(
+        default=0.6, metadata={"help": "Length of the target, in lengths of the Contextual token's state."}
+    )
+    tokens_per_batch: int = field(default=1024, metadata={"help": "Decoder tokens of the texts of a batch, about."})
+    max_characters: int = field(default=800, metadata={"help": "What is read of a text."})
+    texts_per_dataset: int = field(default=10_000, metadata={"help": "Texts to use of each dataset, at most."})
+    heldout_texts: int = field(default=128, metadata={"help": "Texts to hold out of these."})
+
+
+class WordVectors:
+    """
+    What the EOS state is taught: the weighted sum of its text's word vectors, of length 1. A word's vector is its row in
+    the decoder's embedding table, centred and whitened, so that unlike words are nearly orthogonal; its weight is the
+    square of log(1 / document frequency), so that what stands in every text counts for nothing.
+
+    Args:
+        embeddings (`(vocab_size, hidden_size)`): The decoder's embedding table.
+        texts (list of `(length,)` tensors): Token ids of texts to count document frequencies in, each with what follows
+            every text, such as EOS.
+    """
+
+    def __init__(self, embeddings: torch.Tensor, texts: Sequence[torch.Tensor]):
+        counts = torch.zeros(len(embeddings))
+        for ids in texts:
+            counts[ids.unique()] += 1
+        frequency = (counts / len(texts)).clamp(1e-4, 1)
+        embeddings = embeddings.detach().float()
+        directions = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False).U
+        self.table = F.normalize(directions, dim=-1) * frequency.log().square().unsqueeze(-1)  # (vocab, hidden)
+
+    def __call__(self, input_ids: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
+        """Targets of shape `(batch, hidden_size)` for ids of shape `(batch, seq_len)` and a mask of those that count."""
+        return F.normalize((self.table[input_ids] * is_word.unsqueeze(-1)).sum(1), dim=-1)
+
+
+class WordBatches(torch.utils.data.Dataset):
+    """
+    Batch `i` of texts of about the same length, drawn by `(seed, i)`: the texts, the instruction that most batches have,
+    1 to 5 pairs of other texts as in-context examples, which half of those have, and a seed.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        lengths: Sequence[int],
+        instructions: Sequence[str],
+        tokens: int,
+        size: int,
+        seed: int,
+    ):
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
+        self.texts, self.lengths = [texts[index] for index in order], [lengths[index] for index in order]
+        self.instructions, self.tokens, self.size, self.seed = instructions, tokens, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[list[str], str | None, list[dict], int]:
+        rng = random.Random(f"{self.seed} {index}")
+        place = rng.randrange(len(self.texts))
+        near = range(max(0, place - 1000), min(len(self.texts), place + 1000))
+        rows = rng.sample(near, min(len(near), max(2, self.tokens // (self.lengths[place] + 8))))
+        texts = [self.texts[row] for row in rows]
+        if rng.random() < 1 / 3:
+            return texts, None, [], rng.getrandbits(32)
+        count = rng.choice([0, 0, 0, 0, 0, 1, 2, 3, 4, 5])
+        drawn = [self.texts[rng.randrange(len(self.texts))][:200] for _ in range(2 * count)]
+        examples = [{"query": query, "response": response} for query, response in zip(drawn[::2], drawn[1::2])]
+        return texts, rng.choice(self.instructions), examples, rng.getrandbits(32)
+
+
+def is_word(model: Causal2VecModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens of each row come after the Contextual token, padding left out: a mask of shape `(batch, seq_len)`."""
+    is_slot = model.find_slots(batch["input_ids"])  # (batch, seq_len)
+    return batch["attention_mask"].bool() & is_slot.cumsum(-1).bool() & ~is_slot
+
+
+def read_words(model: Causal2VecModel, texts: Sequence[str]) -> list[torch.Tensor]:
+    """The ids that come after the Contextual token, of each text."""
+    words = []
+    for start in range(0, len(texts), 256):
+        batch = model.processor(texts[start : start + 256])
+        words += [ids[mask] for ids, mask in zip(batch["input_ids"], is_word(model, batch))]
+    return words
+
+
+class WordCollator:
+    """Makes a batch's inputs, with random vectors of length 1 in the encoder's place, and its targets."""
+
+    def __init__(self, model: Causal2VecModel, words: WordVectors):
+        self.model, self.words = model, words
+
+    def __call__(self, batches: list[tuple[list[str], str | None, list[dict], int]]) -> dict[str, torch.Tensor]:
+        ((texts, instruction, examples, seed),) = batches
+        examples = self.model.processor.fit_examples(instruction, examples)
+        batch = self.model.processor(texts, instruction, examples=examples or None)
+        shape = (len(texts), self.model.encoder.config.get_text_config().hidden_size)
+        vectors = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return {
+            "input_ids": batch["input_ids"],  # (batch, seq_len)
+            "attention_mask": batch["attention_mask"],
+            "encoder_embedding": F.normalize(vectors, dim=-1),
+            "labels": self.words(batch["input_ids"], is_word(self.model, batch)),  # (batch, hidden_size)
+        }
+
+
+class WordTrainer(Trainer):
+    """Trainer whose loss is the squared distance of EOS's state from the target, plus a part of 1 less their cosine."""
+
+    def __init__(self, *args, words_norm: float, heldout: list[dict], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.words_norm, self.heldout = words_norm, heldout
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        target = inputs.pop("labels")
+        contextual, eos = (
+            model(**inputs, share_heads=True).embeddings.float().chunk(2, dim=-1)
+        )  # (batch, hidden_size) each
+        eos = eos / (self.words_norm * contextual.norm(dim=-1).mean().detach())
+        cosine = F.cosine_similarity(eos, target, dim=-1).mean()
+        # The distance alone makes an unsure state short, and then stops teaching it; the cosine goes on.
+        loss = (eos - target).square().sum(-1).mean() + 0.3 * (1 - cosine)
+        return (loss, {"cosine": cosine, "norm": eos.norm(dim=-1).mean() * self.words_norm}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        model = self.model.eval()
+        outputs = []
+        for batch in self.heldout:
+            with self.compute_loss_context_manager():
+                outputs.append(self.compute_loss(model, self._prepare_inputs(dict(batch)), return_outputs=True)[1])
+        metrics = {
+            f"{metric_key_prefix}_{name}": float(torch.stack([output[name] for output in outputs]).mean())
+            for name in ("cosine", "norm")
+        }
+        metrics[f"{metric_key_prefix}_score"] = metrics[f"{metric_key_prefix}_cosine"]
+        self.log(metrics)
+        return metrics
+
+
+def choose_texts(datasets: Sequence[Sequence[dict]], count: int, characters: int, seed: int) -> list[str]:
+    """About `count` texts of each dataset, queries and positives, cut to so many characters, none twice, shuffled."""
+    rng = random.Random(seed)
+    texts = set()
+    for rows in datasets:
+        for place in rng.sample(range(len(rows)), min(len(rows), count // 2)):
+            texts |= {rows[place][side][:characters] for side in ("query", "positive")}
+    texts = sorted(texts)
+    rng.shuffle(texts)
+    return texts
+
+
+@torch.no_grad()
+def prepare(model: Causal2VecModel, embedding_scale: float) -> int:
+    """
+    Scales the word embeddings, and lets the EOS state be short: the gain of the decoder's last norm becomes 0 at one
+    channel, which the projector leaves alone, and what EOS writes there shortens the rest of its state. The channel is one
+    that the encoder has no number for or, of equal widths, the one where the encoder's last norm has its smallest gain.
+
+    Returns:
+        The channel.
+
+    Raises:
+        ValueError: a backbone's last norm is not where transformers' models have it.
+    """
+    gains = last_norm(model.decoder)
+    norms = [module.weight for module in model.encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    if gains is None or not norms:
+        raise ValueError(
+            "This needs a decoder with a `norm` behind its last layer and an encoder with LayerNorm; got "
+            f"{type(model.decoder).__name__} and {type(model.encoder).__name__}."
+        )
+    table, eos = model.decoder.get_input_embeddings().weight, model.processor.tokenizer.eos_token_id
+    factors = torch.full((len(table), 1), embedding_scale)
+    factors[eos] = 1
+    table *= factors
+    channel = len(norms[-1]) if len(norms[-1]) < len(gains) else int(norms[-1].abs().argmin())
+    gains[channel] = 0
+    model.projector.linear_2.weight[channel] = 0
+    return channel
+
+
+@torch.no_grad()
+def lengthen(folder: str, factor: float, output_dir: str) -> None:
+    """
+    Saves a trained folder with longer EOS states: multiplies what the last layer's attention writes into the channel that
+    shortens them (see [`prepare`]). The layers before write there with the same sign, so that a factor below 1 lengthens.
+    The Contextual token's state stays as it is, as it is far larger before the last norm, and EOS's direction as far as the
+    last layer's MLP does not depend on that channel.
+
+    Raises:
+        ValueError: there is no such channel, or more than one.
+    """
+    model = Causal2VecModel.from_pretrained(folder, dtype="auto")
+    gains = last_norm(model.decoder)
+    channels = [] if gains is None else (gains == 0).nonzero().flatten().tolist()
+    if len(channels) != 1:
+        raise ValueError(
+            f"{folder} does not go back to a model of this script: its decoder's last norm should have one gain of 0, and "
+            f"has {len(channels)}."
+        )
+    model.decoder.layers[-1].self_attn.o_proj.weight[channels[0]] *= factor
+    shutil.copytree(folder, output_dir)
+    model.save_pretrained(output_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the training, or lengthens the EOS state of a folder; returns the folder of the model."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--lengthen" in argv:
+        parser = argparse.ArgumentParser(description="Saves a trained folder with EOS states of another length.")
+        parser.add_argument("--lengthen", metavar="FOLDER", required=True, help="the trained folder")
+        parser.add_argument("--factor", type=float, required=True, help="see `lengthen` in this file; below 1: longer")
+        parser.add_argument("--output_dir", required=True, help="where the other goes; must not exist")
+        args = parser.parse_args(argv)
+        lengthen(args.lengthen, args.factor, args.output_dir)
+        return Path(args.output_dir)
+    model_args, data_args, args, word_args = parse(argv, WordArguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    checkpoint = last_complete_checkpoint(args.output_dir) if args.resume else None
+
+    if not args.resume and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(f"{output} holds checkpoints of another run. Add --resume, or choose another --output_dir.")
+
+    data, _ = load_data(data_args, args)
+    texts = choose_texts(data.rows, word_args.texts_per_dataset, word_args.max_characters, args.seed)
+    held = word_args.heldout_texts
+    if len(texts) <= held:
+        raise ValueError(f"--heldout_texts {held} leaves no text to train on; there are {len(texts)}.")
+    model = load_model(model_args)
+    if model.projector is None or len(model.config.embedding_sizes) == 1:
+        raise ValueError(
+            "This needs a Contextual token and an embedding whose second half is EOS's state (pooling concat)."
+        )
+    words = WordVectors(model.decoder.get_input_embeddings().weight, read_words(model, texts[:20_000]))
+    channel = prepare(model, word_args.embedding_scale)
+    model.requires_grad_(False)
+    matrices = [weight for weight in model.decoder.layers.parameters() if weight.ndim == 2]
+    for weight in matrices:
+        weight.requires_grad_(True)
+
+    lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
+    collator = WordCollator(model, words)
+    instructions = sorted(set(json.loads((ROOT / "instructions.json").read_text(encoding="utf-8")).values()))
+    batches = WordBatches(
+        texts[held:],
+        lengths[held:],
+        instructions,
+        word_args.tokens_per_batch,
+        args.max_steps * args.world_size,
+        args.seed,
+    )
+    heldout = [collator([(texts[start : start + 32], None, [], start)]) for start in range(0, held, 32)]
+    logger.info(
+        "%d texts, %d held out; %d matrices trained; channel %d set to 0",
+        len(texts) - held,
+        held,
+        len(matrices),
+        channel,
+    )
+    trainer = WordTrainer(
+        model=model,
+        args=args,
+        train_dataset=batches,
+        eval_dataset=batches,  # Trainer wants one; evaluate() reads `heldout`
+        data_collator=collator,
+        optimizers=(
+            # Orthogonalised steps: the whitened target needs directions in which embeddings differ little
+            torch.optim.Muon(
+                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            None,
+        ),
+        words_norm=word_args.words_norm,
+        heldout=heldout,
+        callbacks=[MarkComplete()],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(word_args)}
+        facts = {
+            "arguments": without_machine_paths(arguments),
+            "texts": len(texts) - held,
+            "processes": args.world_size,
+            "steps": trainer.state.global_step,
+            "heldout_cosine": metrics["eval_cosine"],
+            "heldout_norm": metrics["eval_norm"],
+            "log": trainer.state.log_history,
+        }
+        (output / "words.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        plot(trainer.state.log_history, output / "words.png")
+        model.save_pretrained(output / "model")
+        model.processor.save_pretrained(output / "model")
+    return output / "model"
+
+
+if __name__ == "__main__":
+    main()
