@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import train
+from bag_of_words import WordArguments
 from losses import similarity_distillation
 from modeling_causal2vec import Causal2VecModel
 
@@ -421,10 +422,11 @@ def test_arguments_that_cannot_work(run, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
 def test_recipes_parse(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, data, args = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"])
-    assert model.encoder and model.decoder
+    more = [WordArguments] if path.stem == "words" else []
+    model, data, args, *_ = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"], *more)
+    assert (model.encoder and model.decoder) or model.model
     assert (ROOT / data.data_file).exists()
-    if path.stem != "tiny":
+    if path.stem not in ("tiny", "words", "pairs"):
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
         assert args.scheduler_steps == 2 * args.max_steps
 
