@@ -27,13 +27,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from card import without_machine_paths
 from modeling_causal2vec import Causal2VecModel
 from train import (
     MarkComplete,
-    last_complete_checkpoint,
+    find_checkpoint,
     last_norm,
     load_data,
     load_model,
@@ -195,6 +194,7 @@ class WordTrainer(Trainer):
         }
         metrics[f"{metric_key_prefix}_score"] = metrics[f"{metric_key_prefix}_cosine"]
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -279,10 +279,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
-    checkpoint = last_complete_checkpoint(args.output_dir) if args.resume else None
-
-    if not args.resume and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        raise ValueError(f"{output} holds checkpoints of another run. Add --resume, or choose another --output_dir.")
+    checkpoint = find_checkpoint(args)
 
     data, _ = load_data(data_args, args)
     texts = choose_texts(data.rows, word_args.texts_per_dataset, word_args.max_characters, args.seed)

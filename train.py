@@ -342,6 +342,22 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
 
 
+def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
+    """
+    The checkpoint that `--resume` goes on from, if there is one.
+
+    Raises:
+        ValueError: without `--resume`, the output folder holds checkpoints.
+    """
+    if args.resume:
+        return last_complete_checkpoint(args.output_dir)
+    if any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(
+            f"{Path(args.output_dir)} holds checkpoints of another run. Add --resume, or choose another --output_dir."
+        )
+    return None
+
+
 def eval_frozen_towers(model) -> None:
     """Switches dropout off where nothing is trained: a frozen encoder gives the vectors it will give later."""
     for tower in filter(None, (model.encoder, model.decoder)):  # a PeftModel passes these on
@@ -374,18 +390,16 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
         model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
-        if args.projector_identity is not None and model.projector is not None:
-            start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
-        return model
-    names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
-    names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.projector_identity is not None and encoder is not None:
-        encoder_config = AutoConfig.from_pretrained(encoder)
-        settings["projector_hidden_size"] = 2 * encoder_config.get_text_config().hidden_size
-    model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
-        encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
-    )
+    else:
+        names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
+        names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
+        settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.projector_identity is not None and encoder is not None:
+            encoder_config = AutoConfig.from_pretrained(encoder)
+            settings["projector_hidden_size"] = 2 * encoder_config.get_text_config().hidden_size
+        model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
+            encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
+        )
     if args.projector_identity is not None and model.projector is not None:
         start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
     return model
@@ -612,9 +626,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
-    checkpoint = last_complete_checkpoint(args.output_dir) if args.resume else None
-    if not args.resume and not args.dry_run and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        raise ValueError(f"{output} holds checkpoints of another run. Add --resume, or choose another --output_dir.")
+    checkpoint = None if args.dry_run else find_checkpoint(args)
     if not 0 < args.interpolation <= 1:
         raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
     if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
