@@ -9,12 +9,10 @@ its EOS state nearly the same for all texts. Bag-of-words prediction as a pretra
 texts. The encoder is not read: a random vector stands in the Contextual token's place. Left in `output_dir`: `model/`, for
 train.py's `--model`, and `words.json` and `words.png` with the run's curve.
 
-Training on pairs shortens the EOS state again; at the end it can be lengthened, by a factor chosen on a dev set:
-
-    python bag_of_words.py --lengthen runs/pairs/model --factor -3 --output_dir runs/tiny/model
+At the end the projector is made larger, so that the layers have no say in the Contextual token's state, and shortens that
+state until the EOS state has its share of a vector (see [`balance`]). `bundle.py --eos_factor` can change that share.
 """
 
-import argparse
 import json
 import logging
 import random
@@ -38,6 +36,7 @@ from train import (
     load_model,
     parse,
     plot,
+    start_projector_as_identity,
 )
 
 
@@ -63,6 +62,12 @@ class WordArguments:
     max_characters: int = field(default=800, metadata={"help": "What is read of a text."})
     texts_per_dataset: int = field(default=10_000, metadata={"help": "Texts to use of each dataset, at most."})
     heldout_texts: int = field(default=128, metadata={"help": "Texts to hold out of these."})
+    final_identity: float = field(
+        default=10_000.0, metadata={"help": "`--projector_identity` of the model that is left."}
+    )
+    eos_norm: float = field(
+        default=0.5, metadata={"help": "Length of its EOS states, in lengths of the Contextual token's states."}
+    )
 
 
 class WordVectors:
@@ -163,7 +168,10 @@ class WordCollator:
 
 
 class WordTrainer(Trainer):
-    """Trainer whose loss is the squared distance of EOS's state from the target, plus a part of 1 less their cosine."""
+    """
+    Trainer whose loss is the squared distance of EOS's state from the target, plus a part of 1 less their cosine, plus 1
+    less the cosine of the Contextual token's state and what the projector put in, which the layers so leave alone.
+    """
 
     def __init__(self, *args, words_norm: float, heldout: list[dict], **kwargs):
         super().__init__(*args, **kwargs)
@@ -172,14 +180,17 @@ class WordTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target = inputs.pop("labels")
+        carried = self.model.projector(inputs["encoder_embedding"]).float() * last_norm(self.model.decoder)
         contextual, eos = (
             model(**inputs, share_heads=True).embeddings.float().chunk(2, dim=-1)
         )  # (batch, hidden_size) each
+        kept = F.cosine_similarity(contextual, carried, dim=-1).mean()
         eos = eos / (self.words_norm * contextual.norm(dim=-1).mean().detach())
         cosine = F.cosine_similarity(eos, target, dim=-1).mean()
         # The distance alone makes an unsure state short, and then stops teaching it; the cosine goes on.
-        loss = (eos - target).square().sum(-1).mean() + 0.3 * (1 - cosine)
-        return (loss, {"cosine": cosine, "norm": eos.norm(dim=-1).mean() * self.words_norm}) if return_outputs else loss
+        loss = (eos - target).square().sum(-1).mean() + 0.3 * (1 - cosine) + (1 - kept)
+        metrics = {"cosine": cosine, "norm": eos.norm(dim=-1).mean() * self.words_norm, "kept": kept}
+        return (loss, metrics) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -190,7 +201,7 @@ class WordTrainer(Trainer):
                 outputs.append(self.compute_loss(model, self._prepare_inputs(dict(batch)), return_outputs=True)[1])
         metrics = {
             f"{metric_key_prefix}_{name}": float(torch.stack([output[name] for output in outputs]).mean())
-            for name in ("cosine", "norm")
+            for name in ("cosine", "norm", "kept")
         }
         metrics[f"{metric_key_prefix}_score"] = metrics[f"{metric_key_prefix}_cosine"]
         self.log(metrics)
@@ -241,45 +252,41 @@ def prepare(model: Causal2VecModel, embedding_scale: float) -> int:
 
 
 @torch.no_grad()
-def lengthen(folder: str, factor: float, output_dir: str) -> None:
+def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: float, eos_norm: float) -> dict:
     """
-    Saves a trained folder with longer EOS states: multiplies what the last layer's attention writes into the channel that
-    shortens them (see [`prepare`]). The layers before write there with the same sign, so that a factor below 1 lengthens.
-    The Contextual token's state stays as it is, as it is far larger before the last norm, and EOS's direction as far as the
-    last layer's MLP does not depend on that channel.
+    Starts the projector again as `scale` times the identity, and lets it write into the channel of [`prepare`], which
+    shortens the Contextual token's state to where EOS states are `eos_norm` times as long. What it writes there grows with
+    the encoder's vector: the hidden units' GELU(x) + GELU(-x), about sqrt(2 / pi) x^2, add up to a square of its length
+    which, with a constant, is close to the length itself for the lengths that occur.
 
-    Raises:
-        ValueError: there is no such channel, or more than one.
+    Returns:
+        The means over `texts` that this was computed from: length of the encoder's vectors, and of EOS states before.
     """
-    model = Causal2VecModel.from_pretrained(folder, dtype="auto")
-    gains = last_norm(model.decoder)
-    channels = [] if gains is None else (gains == 0).nonzero().flatten().tolist()
-    if len(channels) != 1:
-        raise ValueError(
-            f"{folder} does not go back to a model of this script: its decoder's last norm should have one gain of 0, and "
-            f"has {len(channels)}."
-        )
-    model.decoder.layers[-1].self_attn.o_proj.weight[channels[0]] *= factor
-    shutil.copytree(folder, output_dir)
-    model.save_pretrained(output_dir)
+    start_projector_as_identity(model.projector, scale, last_norm(model.decoder))
+    linear = model.projector.linear_2
+    linear.weight[channel] = 0
+    model.eval()
+    figures = []
+    for start in range(0, len(texts), 32):
+        batch = model.processor(texts[start : start + 32])
+        vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
+        contextual, eos = model(**batch).embeddings.chunk(2, dim=-1)  # (batch, hidden_size) each
+        lengths = [part.float().norm(dim=-1) for part in (vectors, model.projector(vectors), contextual, eos)]
+        figures.append(torch.stack([lengths[0], lengths[1] / lengths[0], lengths[3] / lengths[2]]))  # (3, batch)
+    length, stretch, before = torch.cat(figures, dim=1).mean(1).tolist()
+    share = max(0.0, (eos_norm / before) ** 2 - 1) ** 0.5  # of the channel, in lengths of the rest of the token
+    linear.bias[channel] = share * stretch * length / 2
+    linear.weight[channel] = share * stretch / length / 2 * (torch.pi / 2) ** 0.5
+    return {"encoder_norm": length, "eos_norm_before": before}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the training, or lengthens the EOS state of a folder; returns the folder of the model."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--lengthen" in argv:
-        parser = argparse.ArgumentParser(description="Saves a trained folder with EOS states of another length.")
-        parser.add_argument("--lengthen", metavar="FOLDER", required=True, help="the trained folder")
-        parser.add_argument("--factor", type=float, required=True, help="see `lengthen` in this file; below 1: longer")
-        parser.add_argument("--output_dir", required=True, help="where the other goes; must not exist")
-        args = parser.parse_args(argv)
-        lengthen(args.lengthen, args.factor, args.output_dir)
-        return Path(args.output_dir)
-    model_args, data_args, args, word_args = parse(argv, WordArguments)
+    """Runs the training; returns the folder of the model."""
+    model_args, data_args, args, word_args = parse(sys.argv[1:] if argv is None else list(argv), WordArguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
-    checkpoint = find_checkpoint(args)
+    checkpoint = None if args.dry_run else find_checkpoint(args)
 
     data, _ = load_data(data_args, args)
     texts = choose_texts(data.rows, word_args.texts_per_dataset, word_args.max_characters, args.seed)
@@ -317,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         len(matrices),
         channel,
     )
+    if args.dry_run:
+        return output / "model"
     trainer = WordTrainer(
         model=model,
         args=args,
@@ -345,12 +354,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "steps": trainer.state.global_step,
             "heldout_cosine": metrics["eval_cosine"],
             "heldout_norm": metrics["eval_norm"],
+            "heldout_kept": metrics["eval_kept"],
+            **balance(model, texts[:held], channel, word_args.final_identity, word_args.eos_norm),
             "log": trainer.state.log_history,
         }
         (output / "words.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         plot(trainer.state.log_history, output / "words.png")
-        model.save_pretrained(output / "model")
-        model.processor.save_pretrained(output / "model")
+        temporary = output / "model.tmp"
+        model.save_pretrained(temporary)
+        model.processor.save_pretrained(temporary)
+        shutil.rmtree(output / "model", ignore_errors=True)
+        temporary.rename(output / "model")
     return output / "model"
 
 

@@ -294,11 +294,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 raise ValueError("With `share_heads`, forward takes whole rows and gives embeddings.")
             if encoder_ids is None and contextual_token is None and self.encoder is not None:
                 raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
-            if contextual_token is not None:
-                kwargs["contextual_token"] = contextual_token
-            return Causal2VecModelOutput(
-                self.embed(input_ids, attention_mask, encoder_ids, encoder_attention_mask, **kwargs)
-            )
+            inputs = (input_ids, attention_mask, encoder_ids, encoder_attention_mask)
+            return Causal2VecModelOutput(self.embed(*inputs, contextual_token=contextual_token, **kwargs))
         is_slot = self.find_slots(input_ids)  # (batch, seq_len)
         if contextual_token is None and self.encoder is not None:
             if encoder_ids is None:

@@ -941,6 +941,8 @@ class TestRecomputation:
         expected = normalize(recompute(bundled_dir, model.processor(TEXTS, instruction="Find it")), dim=-1)
         assert difference(model.encode(TEXTS, instruction="Find it"), expected) <= 1e-5
         assert difference(expected[0], expected[1]) > 0.01
+        half = Causal2VecModel.from_pretrained(bundled_dir, dtype=torch.float16)  # of a range that states could leave
+        assert (torch.from_numpy(half.encode(TEXTS, instruction="Find it")) * expected).sum(-1).min() > 0.999
 
 
 class TestEncode:
