@@ -54,7 +54,9 @@ def lengthen_eos(model, factor: float) -> None:
     Raises:
         ValueError: there is no such channel, or more than one.
     """
-    gains = getattr(getattr(model.decoder, "norm", None), "weight", None)
+    from train import last_norm
+
+    gains = last_norm(model.decoder)
     channels = [] if gains is None or model.projector is None else (gains == 0).nonzero().flatten().tolist()
     if len(channels) != 1:
         raise ValueError(
