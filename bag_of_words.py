@@ -16,7 +16,6 @@ state until the EOS state has its share of a vector (see [`balance`]). `bundle.p
 import json
 import logging
 import random
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -180,11 +179,11 @@ class WordTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target = inputs.pop("labels")
-        carried = self.model.projector(inputs["encoder_embedding"]).float() * last_norm(self.model.decoder)
+        token = self.model.project(inputs.pop("encoder_embedding"))  # (batch, hidden_size)
         contextual, eos = (
-            model(**inputs, share_heads=True).embeddings.float().chunk(2, dim=-1)
+            model(**inputs, contextual_token=token, share_heads=True).embeddings.float().chunk(2, dim=-1)
         )  # (batch, hidden_size) each
-        kept = F.cosine_similarity(contextual, carried, dim=-1).mean()
+        kept = F.cosine_similarity(contextual, token.float() * last_norm(self.model.decoder), dim=-1).mean()
         eos = eos / (self.words_norm * contextual.norm(dim=-1).mean().detach())
         cosine = F.cosine_similarity(eos, target, dim=-1).mean()
         # The distance alone makes an unsure state short, and then stops teaching it; the cosine goes on.
@@ -269,9 +268,10 @@ def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: f
     figures = []
     for start in range(0, len(texts), 32):
         batch = model.processor(texts[start : start + 32])
-        vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
-        contextual, eos = model(**batch).embeddings.chunk(2, dim=-1)  # (batch, hidden_size) each
-        lengths = [part.float().norm(dim=-1) for part in (vectors, model.projector(vectors), contextual, eos)]
+        vectors = model.get_encoder_embedding(batch.pop("encoder_ids"), batch.pop("encoder_attention_mask"))
+        token = model.project(vectors)  # (batch, hidden_size)
+        contextual, eos = model(**batch, contextual_token=token).embeddings.chunk(2, dim=-1)
+        lengths = [part.float().norm(dim=-1) for part in (vectors, token, contextual, eos)]
         figures.append(torch.stack([lengths[0], lengths[1] / lengths[0], lengths[3] / lengths[2]]))  # (3, batch)
     length, stretch, before = torch.cat(figures, dim=1).mean(1).tolist()
     share = max(0.0, (eos_norm / before) ** 2 - 1) ** 0.5  # of the channel, in lengths of the rest of the token
@@ -360,11 +360,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         }
         (output / "words.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         plot(trainer.state.log_history, output / "words.png")
-        temporary = output / "model.tmp"
-        model.save_pretrained(temporary)
-        model.processor.save_pretrained(temporary)
-        shutil.rmtree(output / "model", ignore_errors=True)
-        temporary.rename(output / "model")
+        model.save_pretrained(output / "model")
     return output / "model"
 
 
