@@ -300,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
     words = WordVectors(model.decoder.get_input_embeddings().weight, read_words(model, texts[:20_000]))
     channel = prepare(model, word_args.embedding_scale)
+    if model_args.projector_identity is None:  # `balance` would find out at the end
+        raise ValueError("This needs --projector_identity, which makes the projector wide enough to be started as one.")
     model.requires_grad_(False)
     matrices = [weight for weight in model.decoder.layers.parameters() if weight.ndim == 2]
     for weight in matrices:

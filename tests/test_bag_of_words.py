@@ -176,6 +176,7 @@ def test_lengths_of_the_states(run, saved_dir, tmp_path):
         ({"baseline": "last_token"}, "Contextual token"),
         ({"decoder": "gpt_neox"}, "LayerNorm; got GPTNeoX"),
         ({"heldout_texts": 10_000}, "leaves no text"),
+        ({"projector_identity": None}, "needs --projector_identity"),
         ({"nonsense": 1}, "unknown arguments"),
     ],
 )
