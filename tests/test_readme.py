@@ -5,6 +5,7 @@ import ast
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -225,3 +226,15 @@ def test_scores_by_storage():
     rows = {f"{row['dim']}, {row['precision']}": row for row in results["rows"]}
     for name, numbers in rows_under("### Storage").items():
         assert numbers == [rows[name]["bytes"], *(round(rows[name]["scores"][pack], 2) for pack in results["packs"])]
+
+
+def test_other_sizes_of_the_decoder():
+    rows = rows_under("### Other sizes of the decoder")
+    assert len(rows) == len(list((ROOT / "results/decoders").glob("*.json")))
+    for name, numbers in rows.items():
+        entries, layers = (int(part.replace(",", "")) for part in name.split(", "))
+        facts = json.loads((ROOT / f"results/decoders/{entries}-{layers}.json").read_text())
+        assert [facts["arguments"][key] for key in ("vocab_size", "num_hidden_layers")] == [entries, layers]
+        bits = facts["heldout_bits_per_character"]
+        characters = facts["heldout_loss"] / math.log(2) / bits
+        assert numbers == [round(facts["parameters"] / 1e6, 1), round(characters, 2), round(bits, 2)]
