@@ -10,7 +10,7 @@ texts. The encoder is not read: a random vector stands in the Contextual token's
 train.py's `--model`, and `words.json` and `words.png` with the run's curve.
 
 At the end the projector is made larger, so that the layers have no say in the Contextual token's state, and shortens that
-state until the EOS state has its share of a vector (see [`balance`]). `bundle.py --eos_factor` can change that share.
+state until the EOS state has its share of a vector (see [`balance`]); labels.py can change that share.
 """
 
 import json
@@ -250,6 +250,14 @@ def prepare(model: Causal2VecModel, embedding_scale: float) -> int:
     return channel
 
 
+def decoder_matrices(model: Causal2VecModel) -> list[torch.nn.Parameter]:
+    """The matrices of the decoder's layers, which from now on are trained."""
+    matrices = [weight for weight in model.decoder.layers.parameters() if weight.ndim == 2]
+    for weight in matrices:
+        weight.requires_grad_(True)
+    return matrices
+
+
 @torch.no_grad()
 def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: float, eos_norm: float) -> dict:
     """
@@ -280,6 +288,25 @@ def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: f
     return {"encoder_norm": length, "eos_norm_before": before}
 
 
+def lengthen_eos(model: Causal2VecModel, factor: float) -> None:
+    """
+    Makes EOS states longer beside the Contextual token's, by about `factor`: multiplies what the projector writes into the
+    channel that the decoder's last norm drops, which shortens the latter (see [`balance`]).
+
+    Raises:
+        ValueError: there is no such channel, or more than one.
+    """
+    gains = last_norm(model.decoder)
+    channels = [] if gains is None or model.projector is None else (gains == 0).nonzero().flatten().tolist()
+    if len(channels) != 1:
+        raise ValueError(
+            "--eos_factor is for a model that bag_of_words.py started: its decoder's last norm should have one gain of 0, "
+            f"and has {len(channels)}."
+        )
+    for parameter in model.projector.linear_2.parameters():
+        parameter.data[channels[0]] *= factor
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the training; returns the folder of the model."""
     model_args, data_args, args, word_args = parse(sys.argv[1:] if argv is None else list(argv), WordArguments)
@@ -303,9 +330,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if model_args.projector_identity is None:  # `balance` would find out at the end
         raise ValueError("This needs --projector_identity, which makes the projector wide enough to be started as one.")
     model.requires_grad_(False)
-    matrices = [weight for weight in model.decoder.layers.parameters() if weight.ndim == 2]
-    for weight in matrices:
-        weight.requires_grad_(True)
+    matrices = decoder_matrices(model)
 
     lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
     collator = WordCollator(model, words)

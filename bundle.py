@@ -1,7 +1,7 @@
 """Writes a trained model into this folder as the bundled checkpoint, and gets its encoder back out.
 
     python bundle.py runs/tiny/model            # weights in half precision, configuration, tokenizers -> repository root
-    python bundle.py runs/pairs/model --eos_factor 1.5 --divide_states 8
+    python bundle.py runs/labelled/model --divide_states 8
     python bundle.py --export_encoder bases/encoder
     python bundle.py --export_decoder runs/decoder bases/decoder
 
@@ -46,32 +46,16 @@ def forget_origin(folder: Path) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def lengthen_eos(model, factor: float) -> None:
-    """
-    Makes EOS states longer beside the Contextual token's, by about `factor`: multiplies what the projector writes into the
-    channel that the decoder's last norm drops, which shortens the latter (see `balance` in bag_of_words.py).
-
-    Raises:
-        ValueError: there is no such channel, or more than one.
-    """
-    from train import last_norm
-
-    gains = last_norm(model.decoder)
-    channels = [] if gains is None or model.projector is None else (gains == 0).nonzero().flatten().tolist()
-    if len(channels) != 1:
-        raise ValueError(
-            "--eos_factor is for a model that bag_of_words.py started: its decoder's last norm should have one gain of 0, "
-            f"and has {len(channels)}."
-        )
-    for parameter in model.projector.linear_2.parameters():
-        parameter.data[channels[0]] *= factor
-
-
 def divide_states(model, divisor: float) -> None:
     """
     Divides what the decoder's layers hand on, which the norms in them do not notice, so that states as large as those of
     bag_of_words.py fit into float16: word embeddings, what the projector gives, and what each layer adds.
+
+    Raises:
+        ValueError: the model has no projector.
     """
+    if model.projector is None:
+        raise ValueError(f"--divide_states is for a model with a projector; the baseline {model.baseline!r} has none.")
     writers = [model.get_input_embeddings(), model.projector.linear_2]
     for layer in model.decoder.layers:
         writers += [layer.self_attn.o_proj, layer.mlp.down_proj]
@@ -80,14 +64,12 @@ def divide_states(model, divisor: float) -> None:
             parameter.data /= divisor
 
 
-def bundle(model_dir: str, eos_factor: float | None = None, divisor: float | None = None) -> None:
+def bundle(model_dir: str, divisor: float | None = None) -> None:
     """Copies everything but code and card into the repository root, file by file, each replaced at once."""
     from modeling_causal2vec import Causal2VecModel
 
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
         model = Causal2VecModel.from_pretrained(model_dir, dtype="float32")
-        if eos_factor is not None:
-            lengthen_eos(model, eos_factor)
         if divisor is not None:
             divide_states(model, divisor)
         model.save_pretrained(temporary)
@@ -124,9 +106,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model_dir", nargs="?", help="a folder that train.py left behind")
     parser.add_argument(
-        "--eos_factor", type=float, metavar="F", help="lengthen EOS states beside the Contextual token's"
-    )
-    parser.add_argument(
         "--divide_states", type=float, metavar="D", help="divide what layers hand on, so that it fits into float16"
     )
     parser.add_argument("--export_encoder", metavar="FOLDER", help="where the bundled encoder goes")
@@ -135,7 +114,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.model_dir:
-        bundle(args.model_dir, args.eos_factor, args.divide_states)
+        bundle(args.model_dir, args.divide_states)
     elif args.export_encoder:
         export_encoder(args.export_encoder)
     elif args.export_decoder:

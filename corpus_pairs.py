@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pretrain import corpus_files, read_documents
@@ -27,6 +27,16 @@ def neighbours(document: str, shortest: int, longest: int) -> Iterator[tuple[str
             yield pair
             place += 1
         place += 1
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Writes rows into a .jsonl.gz, whole or not at all, and the same bytes each time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    os.replace(temporary, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,15 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not pairs:
         parser.error(f"no two neighbouring paragraphs of {args.shortest} to {args.longest} characters")
     chosen = random.Random(args.seed).sample(pairs, min(args.rows, len(pairs)))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    with (
-        open(temporary, "wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
-    ):  # the same bytes each time
-        for query, positive in chosen:
-            file.write((json.dumps({"query": query, "positive": positive}, ensure_ascii=False) + "\n").encode())
-    os.replace(temporary, args.output)
+    write_rows(args.output, ({"query": query, "positive": positive} for query, positive in chosen))
     print(f"{args.output}: {len(chosen)} of {len(pairs)} pairs")
 
 

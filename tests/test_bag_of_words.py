@@ -152,7 +152,7 @@ def test_lengths_of_the_states(run, saved_dir, tmp_path):
     """EOS states are as long as asked for, longer where `eos_factor` is; neither that nor dividing turns a state."""
     folder, texts = run(tmp_path / "words", max_steps=30, eos_norm=2.0), ["cats run", "old green dogs", "red"]
     models = [Causal2VecModel.from_pretrained(folder) for _ in range(3)]
-    bundle.lengthen_eos(models[1], 2.0)
+    bag_of_words.lengthen_eos(models[1], 2.0)
     bundle.divide_states(models[2], 4.0)
     parts = torch.stack(
         [
@@ -166,7 +166,12 @@ def test_lengths_of_the_states(run, saved_dir, tmp_path):
         assert torch.nn.functional.cosine_similarity(parts[0], other, dim=-1).min() > 0.99
     assert torch.allclose(ratios[0], ratios[2], rtol=0.02)
     with pytest.raises(ValueError, match="one gain of 0"):
-        bundle.lengthen_eos(Causal2VecModel.from_pretrained(saved_dir), 2.0)
+        bag_of_words.lengthen_eos(Causal2VecModel.from_pretrained(saved_dir), 2.0)
+
+
+def test_states_of_a_model_without_projector(make_model):
+    with pytest.raises(ValueError, match="'last_token' has none"):
+        bundle.divide_states(make_model(baseline="last_token"), 8.0)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_command(command):
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
     source = (ROOT / script).read_text(encoding="utf-8")
-    if script == "bag_of_words.py":  # its arguments are train.py's too
+    if script in ("bag_of_words.py", "labels.py"):  # their arguments are train.py's too
         source += (ROOT / "train.py").read_text(encoding="utf-8")
     if script == "train.py":  # its arguments are transformers' too
         from transformers import TrainingArguments

@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 import train
 from bag_of_words import WordArguments
+from labels import LabelArguments
 from losses import similarity_distillation
 from modeling_causal2vec import Causal2VecModel
 
@@ -422,11 +423,11 @@ def test_arguments_that_cannot_work(run, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
 def test_recipes_parse(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    more = [WordArguments] if path.stem == "words" else []
+    more = {"words": [WordArguments], "labels": [LabelArguments]}.get(path.stem, [])
     model, data, args, *_ = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"], *more)
     assert (model.encoder and model.decoder) or model.model
     assert (ROOT / data.data_file).exists()
-    if path.stem not in ("tiny", "words", "pairs"):
+    if path.stem not in ("tiny", "words", "pairs", "labels"):
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
         assert args.scheduler_steps == 2 * args.max_steps
 

@@ -1,0 +1,130 @@
+"""Makes the classification rows that labels.py reads: texts whose positive is the name of their label.
+
+Not part of the paper. Sentiment comes from the texts that VADER was made with (Hutto and Gilbert, 2014: tweets, and
+sentences of product reviews, film reviews and editorials, rated from -4 to 4 by twenty people each). They are in the
+source distribution of the package vaderSentiment, in additional_resources/hutto_ICWSM_2014.tar.gz. Reviews and editorials
+are used whole, too. Emotions are guessed: a sentence of these texts or of a corpus that has words of one emotion and of no
+other (recipes/data/emotion_words.json, after the tree of Shaver et al., 1987) is taken to express it.
+
+    python label_rows.py --vader_dir hutto_ICWSM_2014 --corpus_dir ../shared/data/corpus --shards novels nltk_texts \
+        --output_dir runs/labels
+"""
+
+import argparse
+import html
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from corpus_pairs import write_rows
+from pretrain import corpus_files, read_documents
+
+
+ROOT = Path(__file__).resolve().parent
+SENTIMENTS = ("negative", "neutral", "positive")
+RATED = "{}_GroundTruth.txt"
+RATED_FILES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
+
+
+def rated_texts(folder: Path) -> Iterator[tuple[str, float]]:
+    """
+    Texts and their mean ratings; sentences of one review or editorial (ids `3_1`, `3_2`, ...) also joined.
+
+    Raises:
+        FileNotFoundError: a file is not in the folder.
+        ValueError: a line is not an id, a rating and a text.
+    """
+    for name in RATED_FILES:
+        path = folder / RATED.format(name)
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
+            if line.strip():
+                try:
+                    key, rating, text = line.split("\t", 2)
+                    rows.append((key, float(rating), html.unescape(text).strip()))
+                except ValueError:
+                    raise ValueError(f"{path}, line {number}: expected id, rating and text, got {line!r}.") from None
+        yield from ((text, rating) for _, rating, text in rows)
+        for _, sentences in groupby((row for row in rows if "_" in row[0]), lambda row: row[0].split("_")[0]):
+            _, ratings, texts = zip(*sentences)
+            if len(texts) > 1:
+                yield " ".join(texts), sum(ratings) / len(ratings)
+
+
+def sentiment(rating: float, neutral: float = 0.5) -> str:
+    """The label of a mean rating: neutral from `-neutral` to `neutral`."""
+    return SENTIMENTS[(rating >= -neutral) + (rating > neutral)]
+
+
+def sentences(documents: Iterable[str], shortest: int = 20, longest: int = 220) -> Iterator[str]:
+    """The sentences of plain texts, of `shortest` to `longest` characters."""
+    for document in documents:
+        for paragraph in document.splitlines():
+            for sentence in re.split(r"(?<=[.!?”\"])\s+(?=[A-Z“\"'])", paragraph):
+                if shortest <= len(sentence.strip()) <= longest:
+                    yield sentence.strip()
+
+
+def emotional(texts: Iterable[str], words: dict[str, list[str]], per_word: int, seed: int) -> list[tuple[str, str]]:
+    """Texts and their emotion, for those with words of one emotion alone: at most `per_word` for the first such word."""
+    emotions = {word: emotion for emotion, listed in words.items() for word in listed}
+    found = defaultdict(list)
+    for text in dict.fromkeys(texts):
+        matches = [word for word in re.findall(r"[a-z]+", text.lower()) if word in emotions]
+        if len({emotions[word] for word in matches}) == 1:
+            found[matches[0]].append(text)
+    rng = random.Random(seed)
+    return [
+        (text, emotions[word])
+        for word in sorted(found)
+        for text in rng.sample(found[word], min(per_word, len(found[word])))
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vader_dir", type=Path, required=True, help="folder of the files ..._GroundTruth.txt")
+    parser.add_argument("--corpus_dir", required=True, help="folder of .txt or .txt.zst files, as for pretrain.py")
+    parser.add_argument("--shards", nargs="+", help="file stems to use (default: all)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets emotion.jsonl.gz and sentiment.jsonl.gz")
+    parser.add_argument("--rows_per_word", type=int, default=25, help="sentences for an emotion's word and a source")
+    parser.add_argument("--shortest", type=int, default=20, help="letters and digits of a text at least (default: 20)")
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of sentences (default: 42)")
+    args = parser.parse_args(argv)
+
+    rated = {text: rating for text, rating in rated_texts(args.vader_dir) if length(text) >= args.shortest}
+    words = json.loads((ROOT / "recipes" / "data" / "emotion_words.json").read_text(encoding="utf-8"))
+    sources = [[text for text in rated if len(text) <= 220]]
+    sources += [sentences(read_documents(path)) for path in corpus_files(args.corpus_dir, args.shards)]
+    labelled = {
+        "sentiment": [(text, sentiment(rating)) for text, rating in rated.items()],
+        "emotion": [
+            row
+            for texts in sources
+            for row in emotional((t for t in texts if length(t) >= args.shortest), words, args.rows_per_word, args.seed)
+        ],
+    }
+    for name, rows in labelled.items():
+        labels = sorted({label for _, label in rows})
+        path = args.output_dir / f"{name}.jsonl.gz"
+        write_rows(
+            path,
+            (
+                {"query": text, "positive": label, "negatives": [other for other in labels if other != label]}
+                for text, label in rows
+            ),
+        )
+        print(f"{path}: {len(rows)} rows, {dict(sorted(Counter(label for _, label in rows).items()))}")
+
+
+def length(text: str) -> int:
+    """Its letters and digits: exclamations such as a bare greeting stand in many a dataset."""
+    return sum(character.isalnum() for character in text)
+
+
+if __name__ == "__main__":
+    main()

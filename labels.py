@@ -1,0 +1,377 @@
+"""Teaches the EOS state the labels of texts under instructions that ask for them, and leaves other vectors as they were.
+
+    python labels.py recipes/labels.json
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 labels.py recipes/labels.json --resume
+
+Not in the paper, whose decoders know what a sentiment is: the bundled one is small and learns it here, after train.py. A
+labels file lists datasets as a data file does, of rows whose positive is the name of a label. How likely each label is
+for a text is fitted to the encoder's vectors by logistic regression; under the dataset's instructions the EOS state,
+which attends to the Contextual token, is drawn to the sum of directions that stand for the labels, each as far as it is
+likely. Directions are orthonormal and near the EOS states of the labels' names. Under other instructions and none, both
+states are drawn to what they were before. bag_of_words.py has left EOS without an eye for the Contextual token, so one head
+of the first layer is turned to it at the start. The recipe is one of train.py with the arguments of [`LabelArguments`]
+besides. Left in `output_dir`: `model/`, and `labels.json` and `labels.png` with the run's curve.
+"""
+
+import copy
+import json
+import logging
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, set_seed
+
+from bag_of_words import WordBatches, choose_texts, decoder_matrices, lengthen_eos
+from card import without_machine_paths
+from data import load_rows, read_data_file
+from modeling_causal2vec import Causal2VecModel
+from train import MarkComplete, find_checkpoint, last_norm, load_data, load_model, parse, plot, reads_encoder_once
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class LabelArguments:
+    """Which labels are taught, and on what."""
+
+    labels_file: str | None = field(
+        default=None, metadata={"help": "JSON list of datasets whose positives are names of labels."}
+    )
+    eos_factor: float = field(default=1.0, metadata={"help": "First lengthen EOS states by about this factor."})
+    head: int = field(default=1, metadata={"help": "Which head of the first layer EOS is to look through."})
+    labels_share: float = field(default=0.5, metadata={"help": "Share of batches that are taught labels."})
+    tokens_per_batch: int = field(default=1024, metadata={"help": "Decoder tokens of the texts of a batch, about."})
+    max_characters: int = field(default=800, metadata={"help": "What is read of a text."})
+    texts_per_dataset: int = field(default=5_000, metadata={"help": "Texts to use of each dataset, at most."})
+    fitted_rows: int = field(
+        default=8_000, metadata={"help": "Rows of each labelled dataset that probabilities are fitted to, at most."}
+    )
+    heldout_texts: int = field(default=256, metadata={"help": "Rows or texts to hold out, of each kind."})
+
+
+class LabelTeacher:
+    """
+    What the EOS state is taught under a dataset's instructions: `sum_c p(c | encoder's vector) u_c`, of length 1.
+
+    Args:
+        vectors (`(rows, encoder_hidden_size)`): The encoder's vectors of labelled texts.
+        labels (list of `str`): Their labels.
+        directions (`(num_labels, hidden_size)`): `u_c`, in the order of the sorted labels.
+        ridge (`float`): Weight of the squared coefficients beside the mean cross entropy, labels counting alike.
+    """
+
+    def __init__(self, vectors: torch.Tensor, labels: Sequence[str], directions: torch.Tensor, ridge: float = 2e-5):
+        self.labels, self.directions = sorted(set(labels)), directions
+        inputs = self._inputs(vectors)
+        places = torch.tensor([self.labels.index(label) for label in labels])
+        weights = 1 / places.bincount(minlength=len(self.labels)).float()
+        self.coefficients = torch.zeros(inputs.shape[1], len(self.labels), requires_grad=True)
+        solver = torch.optim.LBFGS([self.coefficients], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            solver.zero_grad()
+            value = F.cross_entropy(inputs @ self.coefficients, places, weights)
+            value = value + ridge * self.coefficients[:-1].square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+        self.coefficients = self.coefficients.detach()
+
+    @staticmethod
+    def _inputs(vectors: torch.Tensor) -> torch.Tensor:
+        vectors = F.normalize(vectors.float(), dim=-1)
+        return torch.cat([vectors, torch.ones(len(vectors), 1)], dim=-1)
+
+    def probabilities(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Shape `(rows, num_labels)`."""
+        return (self._inputs(vectors) @ self.coefficients).softmax(-1)
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Targets of shape `(rows, hidden_size)` and length 1."""
+        return F.normalize(self.probabilities(vectors) @ self.directions, dim=-1)
+
+
+@torch.no_grad()
+def encoder_vectors(model: Causal2VecModel, texts: Sequence[str]) -> torch.Tensor:
+    """The encoder's vectors, in the order of the texts: `(len(texts), encoder_hidden_size)`."""
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    vectors = []
+    for start in range(0, len(order), 32):
+        batch = model.processor([texts[place] for place in order[start : start + 32]])
+        with torch.autocast(model.device.type, torch.bfloat16):
+            part = model.get_encoder_embedding(
+                batch["encoder_ids"].to(model.device), batch["encoder_attention_mask"].to(model.device)
+            )
+        vectors.append(part.float().cpu())
+    return torch.cat(vectors)[torch.tensor(order).argsort()]
+
+
+@torch.no_grad()
+def label_directions(model: Causal2VecModel, labels: Sequence[str]) -> torch.Tensor:
+    """The orthonormal vectors nearest to the EOS states of the labels' names: `(len(labels), hidden_size)`."""
+    states = model.encode(list(labels), convert_to_tensor=True).float().cpu()[:, -model.config.hidden_size :]
+    left, _, right = torch.linalg.svd(F.normalize(states, dim=-1), full_matrices=False)
+    return left @ right
+
+
+@torch.no_grad()
+def look_at_contextual_token(model: Causal2VecModel, head: int, texts: Sequence[str]) -> None:
+    """
+    Turns EOS's query in one head of the decoder's first layer to the key that the Contextual tokens of `texts` have in the
+    mean, in the channels of the rotary embedding that distance hardly turns: three eighths. Queries of other tokens change
+    as far as their embeddings are like EOS's. What the head hands on starts at 0, and so does what its values make of the
+    channel that bag_of_words.py keeps silent, which outweighs all else in the Contextual token.
+
+    Raises:
+        ValueError: attention is not laid out as transformers' models with rotary embeddings have it, or has fewer heads.
+    """
+    layer = model.decoder.layers[0]
+    attention = getattr(layer, "self_attn", None)
+    parts = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+    if None in parts or not hasattr(layer, "input_layernorm"):
+        raise ValueError(
+            "This needs a decoder whose layers have input_layernorm and self_attn with q_proj, k_proj, v_proj and o_proj; "
+            f"got {type(model.decoder).__name__}."
+        )
+    queries, keys, values, output = (part.weight for part in parts)
+    size = attention.head_dim
+    heads, shared = len(queries) // size, len(queries) // len(keys)
+    if not 0 <= head < heads:
+        raise ValueError(f"--head must be one of the {heads} heads of a layer, from 0; got {head}.")
+    own, group = (slice(place * size, (place + 1) * size) for place in (head, head // shared))
+
+    eos = layer.input_layernorm(model.get_input_embeddings().weight[model.processor.tokenizer.eos_token_id])
+    tokens = layer.input_layernorm(
+        model.project(encoder_vectors(model, texts).to(model.device))
+    )  # (texts, hidden_size)
+    normalise = getattr(attention, "k_norm", torch.nn.Identity())
+    key = normalise((keys[group] @ tokens.mean(0))[None])[0]  # (head_dim,)
+    slow = torch.arange(size, device=key.device) % (size // 2) >= size * 5 // 16
+    query = torch.where(slow, key / getattr(getattr(attention, "q_norm", None), "weight", torch.ones_like(key)), 0)
+    query = query * size**0.5 / query.norm()
+    queries[own] += torch.outer(query - queries[own] @ eos, eos) / eos.square().sum()
+    values[group, last_norm(model.decoder) == 0] = 0
+    output[:, own] = 0
+
+
+class LabelBatches(torch.utils.data.Dataset):
+    """
+    Batch `i`, drawn by `(seed, i)`: of one labelled dataset with one of its instructions, and rows of it as examples where
+    [`WordBatches`] has examples; or of texts as [`WordBatches`] draws them. Its last field names the dataset, or is None.
+    """
+
+    def __init__(self, plain: WordBatches, labelled: dict[str, tuple[WordBatches, list[dict]]], share: float):
+        self.plain, self.labelled, self.share = plain, labelled, share
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, index: int) -> tuple[list[str], str | None, list[dict], str | None]:
+        rng = random.Random(f"{self.plain.seed} {index} labels")
+        if rng.random() >= self.share:
+            return *self.plain[index][:3], None
+        name = rng.choice(sorted(self.labelled))
+        batches, rows = self.labelled[name]
+        texts, _, examples, _ = batches[index]
+        drawn = rng.sample(rows, len(examples))
+        examples = [{"query": row["query"][:200], "response": row["positive"]} for row in drawn]
+        return texts, rng.choice(batches.instructions), examples, name
+
+
+class LabelCollator:
+    """Makes a batch's inputs; `dataset` goes along."""
+
+    def __init__(self, model: Causal2VecModel):
+        self.model = model
+
+    def __call__(self, batches: list[tuple[list[str], str | None, list[dict], str | None]]) -> dict:
+        ((texts, instruction, examples, dataset),) = batches
+        examples = self.model.processor.fit_examples(instruction, examples)
+        return {**self.model.processor(texts, instruction, examples=examples or None), "dataset": dataset}
+
+
+class LabelTrainer(Trainer):
+    """
+    Trainer whose loss is, of each of the two states, the squared distance from what it should be, in squares of the length
+    that EOS's states have in the mean, and a part of 1 less their cosine.
+    """
+
+    def __init__(self, *args, before: Causal2VecModel, teachers: dict[str, LabelTeacher], heldout: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.before, self.teachers, self.heldout = before, teachers, heldout
+        self.model_accepts_loss_kwargs = False
+
+    def states(self, model, inputs: dict, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Contextual token's and EOS's states, `(batch, hidden_size)` each."""
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        token = self.before.project(vectors)
+        return model(**inputs, contextual_token=token, share_heads=True).embeddings.float().chunk(2, dim=-1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():
+            vectors = self.before.get_encoder_embedding(inputs["encoder_ids"], inputs["encoder_attention_mask"])
+            kept, before = self.states(self.before, inputs, vectors)
+        length, target = before.norm(dim=-1).mean(), before
+        if inputs["dataset"] is not None:
+            target = length * self.teachers[inputs["dataset"]](vectors.cpu()).to(before)
+        contextual, eos = self.states(model, inputs, vectors)
+        loss = 0
+        for state, wanted in ((contextual, kept), (eos, target)):
+            cosine = F.cosine_similarity(state, wanted, dim=-1).mean()
+            loss = loss + (state - wanted).square().sum(-1).mean() / length**2 + 0.3 * (1 - cosine)
+        return (loss, {"eos": eos, "cosine": cosine}) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Share of held-out rows whose EOS state is nearest to their label; of other texts, its cosine to what it was."""
+        model, metrics = self.model.eval(), {}
+        for name, (batches, labels) in self.heldout.items():
+            outputs = []
+            for batch in batches:
+                with self.compute_loss_context_manager():
+                    outputs.append(self.compute_loss(model, self._prepare_inputs(dict(batch)), return_outputs=True)[1])
+            if name in self.teachers:
+                teacher = self.teachers[name]
+                nearest = (torch.cat([output["eos"] for output in outputs]).cpu() @ teacher.directions.T).argmax(-1)
+                right = [teacher.labels[place] == label for place, label in zip(nearest.tolist(), labels, strict=True)]
+                metrics[f"{metric_key_prefix}_{name}"] = sum(right) / len(right)
+            metrics[f"{metric_key_prefix}_{name}_cosine"] = float(
+                torch.stack([output["cosine"] for output in outputs]).mean()
+            )
+        cosines = [value for name, value in metrics.items() if name.endswith("_cosine")]
+        metrics[f"{metric_key_prefix}_score"] = sum(cosines) / len(cosines)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """
+    Runs the training; returns the folder of the model.
+
+    Raises:
+        ValueError: the model has no Contextual token or no EOS half, too little is left to train on, or an argument of
+            train.py is missing or wrong.
+    """
+    model_args, data_args, args, label_args = parse(sys.argv[1:] if argv is None else list(argv), LabelArguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    checkpoint = None if args.dry_run else find_checkpoint(args)
+    if label_args.labels_file is None:
+        raise ValueError("--labels_file is missing: a JSON list of datasets, such as recipes/data/labels.json.")
+    model = load_model(model_args).to(args.device)
+    model.requires_grad_(False)
+    if not reads_encoder_once(model) or len(model.config.embedding_sizes) == 1:
+        raise ValueError(
+            "This needs one Contextual token and an embedding whose second half is EOS's state (pooling concat)."
+        )
+
+    rng, held, limit = random.Random(args.seed), label_args.heldout_texts, label_args.max_characters
+    data, _ = load_data(data_args, args)
+    texts = choose_texts(data.rows, label_args.texts_per_dataset, limit, args.seed)
+    labelled = {}
+    for spec in read_data_file(label_args.labels_file):
+        rows = list(load_rows(spec, data_args.data_dir, str(output / "data"), data_args.skip_bad_rows))
+        rng.shuffle(rows)
+        labelled[spec.name] = spec, [row | {"query": row["query"][:limit]} for row in rows]
+    if min(len(texts), *(len(rows) for _, rows in labelled.values())) <= held:
+        raise ValueError(
+            f"--heldout_texts {held} leaves nothing to train on: there are {len(texts)} texts, and "
+            f"{ {name: len(rows) for name, (_, rows) in labelled.items()} } labelled rows."
+        )
+    own = {instruction for spec, _ in labelled.values() for instruction in spec.instructions}
+    files = (ROOT / "instructions.json", ROOT / "recipes" / "data" / "other_instructions.json")
+    mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    asked = {instruction for spec in data.specs for instruction in spec.instructions}
+    others = sorted({*mteb.values(), *made_up, *asked} - own)
+    size = args.max_steps * args.world_size
+
+    def batches(texts: list[str], instructions: list[str]) -> WordBatches:
+        lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
+        return WordBatches(texts, lengths, instructions, label_args.tokens_per_batch, size, args.seed)
+
+    collator, teachers, drawn, heldout = LabelCollator(model), {}, {}, {}
+    for name, (spec, rows) in labelled.items():
+        fitted = rows[held:][: label_args.fitted_rows]
+        labels = [row["positive"] for row in fitted]
+        logger.info("%s: fitting %s", name, dict(Counter(labels)))
+        teachers[name] = LabelTeacher(
+            encoder_vectors(model, [row["query"] for row in fitted]),
+            labels,
+            label_directions(model, sorted(set(labels))),
+        )
+        here = [row["query"] for row in rows[held:]]
+        drawn[name] = batches(here + texts[held:][: len(here)], spec.instructions), rows[held:]
+        parts = [rows[start : min(start + 32, held)] for start in range(0, held, 32)]
+        heldout[name] = (
+            [collator([([row["query"] for row in part], spec.instructions[0], [], name)]) for part in parts],
+            [row["positive"] for row in rows[:held]],
+        )
+    parts = [(texts[start : min(start + 32, held)], others[start % len(others)]) for start in range(0, held, 32)]
+    heldout["documents"] = [collator([(part, None, [], None)]) for part, _ in parts], None
+    heldout["queries"] = [collator([(part, instruction, [], None)]) for part, instruction in parts], None
+    plain = batches(texts[held:] + [row["query"] for _, rows in labelled.values() for row in rows[held:]], others)
+    if args.dry_run:
+        return output / "model"
+
+    if label_args.eos_factor != 1:
+        lengthen_eos(model, label_args.eos_factor)
+    before = copy.deepcopy(model).eval()  # what other vectors are kept at
+    look_at_contextual_token(model, label_args.head, texts[:32])
+    matrices = decoder_matrices(model)
+    trainer = LabelTrainer(
+        model=model,
+        args=args,
+        train_dataset=LabelBatches(plain, drawn, label_args.labels_share),
+        eval_dataset=plain,  # Trainer wants one; evaluate() reads `heldout`
+        data_collator=collator,
+        optimizers=(
+            torch.optim.Muon(
+                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            None,
+        ),
+        before=before,
+        teachers=teachers,
+        heldout=heldout,
+        callbacks=[MarkComplete()],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(label_args)}
+        facts = {
+            "arguments": without_machine_paths(arguments),
+            "rows": {name: len(rows) - held for name, (_, rows) in labelled.items()},
+            "texts": len(texts) - held,
+            "processes": args.world_size,
+            "steps": trainer.state.global_step,
+            "heldout": {name[5:]: value for name, value in metrics.items() if name.startswith("eval_")},
+            "fit": {name: accuracy(model, teachers[name], rows[:held]) for name, (_, rows) in labelled.items()},
+            "log": trainer.state.log_history,
+        }
+        (output / "labels.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        plot(trainer.state.log_history, output / "labels.png")
+        model.save_pretrained(output / "model")
+    return output / "model"
+
+
+def accuracy(model: Causal2VecModel, teacher: LabelTeacher, rows: Sequence[dict]) -> float:
+    """Share of rows whose label is the likeliest by the fit."""
+    likeliest = teacher.probabilities(encoder_vectors(model, [row["query"] for row in rows])).argmax(-1)
+    return sum(teacher.labels[place] == row["positive"] for place, row in zip(likeliest.tolist(), rows)) / len(rows)
+
+
+if __name__ == "__main__":
+    main()

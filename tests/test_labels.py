@@ -1,0 +1,245 @@
+"""labels.py and label_rows.py: which texts get which label, what the EOS state is taught, and what stays as it was."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import label_rows
+import labels
+import train
+from modeling_causal2vec import Causal2VecModel
+
+
+FILLERS = "cats dogs sleep eat run fast slow red blue green old new".split()
+INSTRUCTION = "Classify the opinion"
+
+
+@pytest.fixture(scope="module")
+def run(backbone_dir, tmp_path_factory):
+    """Returns a function that runs labels.py on texts with one word that tells their label among others that do not."""
+    folder = tmp_path_factory.mktemp("labelled")
+    draws = [random.Random(i) for i in range(300)]
+    texts = [" ".join(draw.sample(FILLERS, 3)) for draw in draws]
+    rows = [{"query": text, "positive": text.split()[0]} for text in texts]
+    marked = [(f"{text} {draw.choice(['good', 'bad'])}") for draw, text in zip(draws, texts)]
+    opinions = [{"query": text, "positive": {"good": "yes", "bad": "no"}[text.split()[-1]]} for text in marked]
+    for name, found in (("rows", rows), ("opinions", opinions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, listed, instructions in (("data", "rows", ["find"]), ("labels", "opinions", [INSTRUCTION])):
+        spec = {"name": listed, "path": f"{listed}.jsonl", "instructions": instructions}
+        (folder / f"{name}.json").write_text(json.dumps([spec]))
+
+    def run(output, *flags, **changes):
+        recipe = {
+            "encoder": backbone_dir("bert"),
+            "decoder": backbone_dir("qwen3"),
+            "projector_identity": 100.0,
+            "output_dir": str(output),
+            "data_file": str(folder / "data.json"),
+            "labels_file": str(folder / "labels.json"),
+            "data_dir": str(folder),
+            "tokens_per_batch": 256,
+            "heldout_texts": 32,
+            "per_device_train_batch_size": 1,
+            "max_steps": 6,
+            "warmup_steps": 1,
+            "weight_decay": 0.0,
+            "learning_rate": 2e-2,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        } | changes
+        path = folder / "recipe.json"
+        path.write_text(json.dumps({name: value for name, value in recipe.items() if value is not None}))
+        return labels.main([str(path), *flags])
+
+    run.start = lambda: train.load_model(train.parse([str(folder / "recipe.json")], labels.LabelArguments)[0])
+    return run
+
+
+def test_the_fit_is_a_logistic_regression():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(0)
+    vectors = torch.randn(300, 8)
+    names = [("low", "middle", "high", "high")[int(place)] for place in (vectors[:, 0] * 1.5 + 1.5).clamp(0, 3)]
+    teacher = labels.LabelTeacher(vectors, names, torch.eye(3, 8), ridge=1e-3)
+    assert teacher.labels == ["high", "low", "middle"]
+    counts = {name: names.count(name) for name in names}
+    weights = torch.tensor([1 / counts[name] for name in names], dtype=torch.double)
+    other = linear_model.LogisticRegression(C=1 / (2 * 1e-3), max_iter=1000, tol=1e-8)
+    inputs = F.normalize(vectors, dim=-1)
+    other.fit(inputs.numpy(), names, sample_weight=(weights / weights.sum()).numpy())
+    likely = torch.tensor(other.predict_proba(inputs.numpy())).float()
+    torch.testing.assert_close(teacher.probabilities(vectors * 3), likely, rtol=0, atol=2e-3)
+    torch.testing.assert_close(teacher(vectors), F.normalize(F.pad(teacher.probabilities(vectors), (0, 5)), dim=-1))
+
+
+def test_eos_learns_labels_and_keeps_the_rest(run, tmp_path):
+    folder = run(tmp_path / "labelled", max_steps=300, learning_rate=1e-2)
+    facts = json.loads((tmp_path / "labelled" / "labels.json").read_text())
+    assert facts["heldout"]["opinions"] > 0.9 and facts["fit"]["opinions"] > 0.9
+    assert (tmp_path / "labelled" / "labels.png").is_file()
+    before, after = run.start(), Causal2VecModel.from_pretrained(folder)
+    width = after.config.hidden_size
+    texts = ["cats run good", "dogs sleep bad", "red old good", "new blue bad"]
+
+    def states(model, instruction):
+        return F.normalize(model.encode(texts, instruction=instruction, convert_to_tensor=True)[:, -width:], dim=-1)
+
+    likeness = states(after, INSTRUCTION) @ states(after, INSTRUCTION).T
+    assert min(likeness[0, 2], likeness[1, 3]) > likeness[[0, 0, 2, 2], [1, 3, 1, 3]].max() + 0.3
+    kept = [
+        (states(before, instruction) * states(after, instruction)).sum(-1).mean()
+        for instruction in (None, "Retrieve semantically similar text.", INSTRUCTION)
+    ]
+    assert min(kept[:2]) > 0.75 and kept[2] < min(kept[:2]) - 0.2
+
+
+def test_a_head_looks_at_the_contextual_token(run, make_model):
+    model = make_model("qwen3").eval().requires_grad_(False)
+    model.decoder.set_attn_implementation("eager")
+    weights = []
+    model.decoder.layers[0].self_attn.register_forward_hook(lambda *call: weights.append(call[2][1]))
+    texts = ["How much protein should a female eat?", "hi"]
+    batch = model.processor(texts[0], "find")
+    token = model.project(model.get_encoder_embedding(batch.pop("encoder_ids"), batch.pop("encoder_attention_mask")))
+    slots = model.find_slots(batch["input_ids"])
+
+    def attended():  # by EOS, in head 1, at the Contextual token
+        model(**batch, contextual_token=token, share_heads=False)
+        return weights.pop()[:, 1, -1][slots].item()
+
+    before = attended()
+    labels.look_at_contextual_token(model, 1, texts)
+    assert attended() > 2 * before
+    size = model.decoder.layers[0].self_attn.head_dim
+    assert not model.decoder.layers[0].self_attn.o_proj.weight[:, size : 2 * size].any()
+    for head, told in ((-1, "got -1"), (99, "got 99")):
+        with pytest.raises(ValueError, match=told):
+            labels.look_at_contextual_token(model, head, texts)
+    with pytest.raises(ValueError, match="GPTNeoX"):
+        labels.look_at_contextual_token(make_model("gpt_neox"), 1, texts)
+
+
+def test_an_interrupted_run_resumes(run, tmp_path, monkeypatch):
+    whole = load_file(run(tmp_path / "whole") / "model.safetensors")
+    step = labels.LabelTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(labels.LabelTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="Add --resume"):
+        run(tmp_path / "part")
+    resumed = load_file(run(tmp_path / "part", "--resume") / "model.safetensors")
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pooling": "average"}, "pooling concat"),
+        ({"baseline": "last_token"}, "Contextual token"),
+        ({"heldout_texts": 10_000}, "leaves nothing to train on"),
+        ({"labels_file": None}, "--labels_file is missing"),
+        ({"eos_factor": 2.0}, "one gain of 0"),
+        ({"head": 99}, "--head must be one of"),
+    ],
+)
+def test_what_cannot_be(run, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "refused", **changes)
+
+
+def test_the_bundled_model_hears_how_a_text_feels(bundled_model):
+    """Only where the instruction asks for it, and instructions that training did not have will do."""
+    texts = [
+        "The film was wonderful, I enjoyed every minute.",
+        "The film was awful, I regret every minute.",
+        "This phone is great and I am very happy with it.",
+        "This phone broke at once and I am very angry about it.",
+    ]
+
+    def alike(instruction):  # how much closer texts of one feeling are than texts about one thing
+        likeness = bundled_model.encode(texts, instruction=instruction, convert_to_tensor=True)
+        likeness = likeness @ likeness.T
+        return float(likeness[0, 2] + likeness[1, 3] - likeness[0, 1] - likeness[2, 3])
+
+    asked = [alike(f"Classify the {what} of the given text") for what in ("sentiment", "emotion")]
+    own = [
+        text
+        for spec in labels.read_data_file(labels.ROOT / "recipes" / "data" / "labels.json")
+        for text in spec.instructions
+    ]
+    unheard = "Is the writer pleased?"
+    assert unheard not in own
+    others = [alike(None), alike("Retrieve semantically similar text."), alike("Classify the topic of the given text")]
+    assert min(*asked, alike(unheard)) > max(others) + 0.1
+
+
+RATED = {
+    "tweets": "1\t2.5\tSo good! &amp; kind\n2\t-1.5\tThis is awful\n3\t0.5\tIt is a day of the week\n",
+    "amazonReviewSnippets": "1_1\t3.0\tA fine camera\n1_2\t-1.0\tThe strap broke at once\n2_1\t0.0\tIt came on a Monday\n",
+    "movieReviewSnippets": "1\t-3\tA film to forget\n",
+    "nytEditorialSnippets": "1_1\t0.1\tThe council met on Tuesday\n",
+}
+
+
+def test_rows_of_rated_texts(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tweets_GroundTruth"):
+        list(label_rows.rated_texts(tmp_path))
+    for name, lines in RATED.items():
+        (tmp_path / f"{name}_GroundTruth.txt").write_text(lines, encoding="latin-1")
+    rated = dict(label_rows.rated_texts(tmp_path))
+    assert rated["So good! & kind"] == 2.5
+    assert rated["A fine camera The strap broke at once"] == 1.0  # a whole review, the mean of its sentences
+    assert len(rated) == 9
+    assert [label_rows.sentiment(rating) for rating in (-4, -0.6, -0.5, 0, 0.5, 0.6)] == [
+        *["negative"] * 2,
+        *["neutral"] * 3,
+        "positive",
+    ]
+    (tmp_path / "corpus.txt").write_text(
+        'He was furious. She smiled at him. "I am afraid," he said, "and I am glad."\n'
+    )
+    outputs = [tmp_path / "rows", tmp_path / "again"]
+    for output in outputs:
+        folders = ("--vader_dir", str(tmp_path), "--corpus_dir", str(tmp_path), "--shards", "corpus")
+        label_rows.main([*folders, "--output_dir", str(output), "--shortest", "9"])
+    for name in ("emotion", "sentiment"):
+        assert (outputs[0] / f"{name}.jsonl.gz").read_bytes() == (outputs[1] / f"{name}.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.open(outputs[0] / "sentiment.jsonl.gz", "rt")]
+    assert {"query": "This is awful", "positive": "negative", "negatives": ["neutral", "positive"]} in rows
+    (tmp_path / "tweets_GroundTruth.txt").write_text("1 no tabs\n")
+    with pytest.raises(ValueError, match="tweets_GroundTruth.txt, line 1"):
+        list(label_rows.rated_texts(tmp_path))
+
+
+def test_texts_with_one_emotion():
+    words = {"anger": ["angry", "rage"], "joy": ["glad"]}
+    texts = ["I am angry", "Glad", "angry and glad", "nothing", "In a RAGE, angry", "glad again", "I am angry"]
+    found = label_rows.emotional(texts, words, per_word=9, seed=0)
+    assert sorted(found) == [
+        ("Glad", "joy"),
+        ("I am angry", "anger"),
+        ("In a RAGE, angry", "anger"),
+        ("glad again", "joy"),
+    ]
+    assert len(label_rows.emotional(texts, words, per_word=1, seed=0)) == 3
+    listed = json.loads((label_rows.ROOT / "recipes" / "data" / "emotion_words.json").read_text())
+    every = [word for found in listed.values() for word in found]
+    assert len(every) == len(set(every))
