@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from card import without_machine_paths
 from modeling_causal2vec import Causal2VecModel
@@ -250,12 +250,18 @@ def prepare(model: Causal2VecModel, embedding_scale: float) -> int:
     return channel
 
 
-def decoder_matrices(model: Causal2VecModel) -> list[torch.nn.Parameter]:
-    """The matrices of the decoder's layers, which from now on are trained."""
+def decoder_optimizer(model: Causal2VecModel, args: TrainingArguments) -> torch.optim.Muon:
+    """
+    An optimizer of the matrices of the decoder's layers, which from now on are all that is trained. Its steps are
+    orthogonalised: the whitened target needs directions in which embeddings differ little.
+    """
+    model.requires_grad_(False)
     matrices = [weight for weight in model.decoder.layers.parameters() if weight.ndim == 2]
     for weight in matrices:
         weight.requires_grad_(True)
-    return matrices
+    return torch.optim.Muon(
+        matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 @torch.no_grad()
@@ -329,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     channel = prepare(model, word_args.embedding_scale)
     if model_args.projector_identity is None:  # `balance` would find out at the end
         raise ValueError("This needs --projector_identity, which makes the projector wide enough to be started as one.")
-    model.requires_grad_(False)
-    matrices = decoder_matrices(model)
+    optimizer = decoder_optimizer(model, args)
 
     lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
     collator = WordCollator(model, words)
@@ -348,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "%d texts, %d held out; %d matrices trained; channel %d set to 0",
         len(texts) - held,
         held,
-        len(matrices),
+        len(optimizer.param_groups[0]["params"]),
         channel,
     )
     if args.dry_run:
@@ -359,13 +364,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         train_dataset=batches,
         eval_dataset=batches,  # Trainer wants one; evaluate() reads `heldout`
         data_collator=collator,
-        optimizers=(
-            # Orthogonalised steps: the whitened target needs directions in which embeddings differ little
-            torch.optim.Muon(
-                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            None,
-        ),
+        optimizers=(optimizer, None),
         words_norm=word_args.words_norm,
         heldout=heldout,
         callbacks=[MarkComplete()],

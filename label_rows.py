@@ -26,7 +26,7 @@ from pretrain import corpus_files, read_documents
 
 ROOT = Path(__file__).resolve().parent
 SENTIMENTS = ("negative", "neutral", "positive")
-RATED = "{}_GroundTruth.txt"
+LONGEST = 220  # characters of a sentence whose emotion is guessed
 RATED_FILES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 
 
@@ -39,7 +39,7 @@ def rated_texts(folder: Path) -> Iterator[tuple[str, float]]:
         ValueError: a line is not an id, a rating and a text.
     """
     for name in RATED_FILES:
-        path = folder / RATED.format(name)
+        path = folder / f"{name}_GroundTruth.txt"
         rows = []
         for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
             if line.strip():
@@ -49,8 +49,8 @@ def rated_texts(folder: Path) -> Iterator[tuple[str, float]]:
                 except ValueError:
                     raise ValueError(f"{path}, line {number}: expected id, rating and text, got {line!r}.") from None
         yield from ((text, rating) for _, rating, text in rows)
-        for _, sentences in groupby((row for row in rows if "_" in row[0]), lambda row: row[0].split("_")[0]):
-            _, ratings, texts = zip(*sentences)
+        for _, review in groupby((row for row in rows if "_" in row[0]), lambda row: row[0].split("_")[0]):
+            _, ratings, texts = zip(*review)
             if len(texts) > 1:
                 yield " ".join(texts), sum(ratings) / len(ratings)
 
@@ -60,7 +60,7 @@ def sentiment(rating: float, neutral: float = 0.5) -> str:
     return SENTIMENTS[(rating >= -neutral) + (rating > neutral)]
 
 
-def sentences(documents: Iterable[str], shortest: int = 20, longest: int = 220) -> Iterator[str]:
+def sentences(documents: Iterable[str], shortest: int = 20, longest: int = LONGEST) -> Iterator[str]:
     """The sentences of plain texts, of `shortest` to `longest` characters."""
     for document in documents:
         for paragraph in document.splitlines():
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rated = {text: rating for text, rating in rated_texts(args.vader_dir) if length(text) >= args.shortest}
     words = json.loads((ROOT / "recipes" / "data" / "emotion_words.json").read_text(encoding="utf-8"))
-    sources = [[text for text in rated if len(text) <= 220]]
+    sources = [[text for text in rated if len(text) <= LONGEST]]
     sources += [sentences(read_documents(path)) for path in corpus_files(args.corpus_dir, args.shards)]
     labelled = {
         "sentiment": [(text, sentiment(rating)) for text, rating in rated.items()],

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, set_seed
 
-from bag_of_words import WordBatches, choose_texts, decoder_matrices, lengthen_eos
+from bag_of_words import WordBatches, choose_texts, decoder_optimizer, lengthen_eos
 from card import without_machine_paths
 from data import load_rows, read_data_file
 from modeling_causal2vec import Causal2VecModel
@@ -211,20 +211,20 @@ class LabelTrainer(Trainer):
         self.before, self.teachers, self.heldout = before, teachers, heldout
         self.model_accepts_loss_kwargs = False
 
-    def states(self, model, inputs: dict, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, model, inputs: dict, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The Contextual token's and EOS's states, `(batch, hidden_size)` each."""
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        token = self.before.project(vectors)
         return model(**inputs, contextual_token=token, share_heads=True).embeddings.float().chunk(2, dim=-1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with torch.no_grad():
             vectors = self.before.get_encoder_embedding(inputs["encoder_ids"], inputs["encoder_attention_mask"])
-            kept, before = self.states(self.before, inputs, vectors)
+            token = self.before.project(vectors)
+            kept, before = self.states(self.before, inputs, token)
         length, target = before.norm(dim=-1).mean(), before
         if inputs["dataset"] is not None:
             target = length * self.teachers[inputs["dataset"]](vectors.cpu()).to(before)
-        contextual, eos = self.states(model, inputs, vectors)
+        contextual, eos = self.states(model, inputs, token)
         loss = 0
         for state, wanted in ((contextual, kept), (eos, target)):
             cosine = F.cosine_similarity(state, wanted, dim=-1).mean()
@@ -329,19 +329,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         lengthen_eos(model, label_args.eos_factor)
     before = copy.deepcopy(model).eval()  # what other vectors are kept at
     look_at_contextual_token(model, label_args.head, texts[:32])
-    matrices = decoder_matrices(model)
     trainer = LabelTrainer(
         model=model,
         args=args,
         train_dataset=LabelBatches(plain, drawn, label_args.labels_share),
         eval_dataset=plain,  # Trainer wants one; evaluate() reads `heldout`
         data_collator=collator,
-        optimizers=(
-            torch.optim.Muon(
-                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            None,
-        ),
+        optimizers=(decoder_optimizer(model, args), None),
         before=before,
         teachers=teachers,
         heldout=heldout,

@@ -114,24 +114,8 @@ def test_what_is_changed_and_what_is_not(run, tmp_path):
     assert (after["decoder.norm.weight"] == 0).sum() == 1
 
 
-def test_an_interrupted_run_resumes(run, tmp_path, monkeypatch):
-    whole = load_file(run(tmp_path / "whole") / "model.safetensors")
-    step = bag_of_words.WordTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(bag_of_words.WordTrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "part")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="Add --resume"):
-        run(tmp_path / "part")
-    resumed = load_file(run(tmp_path / "part", "--resume") / "model.safetensors")
-    for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
+def test_an_interrupted_run_resumes(run, check_resuming):
+    check_resuming(run, bag_of_words.WordTrainer)
 
 
 def test_train_goes_on_from_it(run, tmp_path):

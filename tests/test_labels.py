@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import label_rows
 import labels
@@ -129,24 +128,8 @@ def test_a_head_looks_at_the_contextual_token(run, make_model):
         labels.look_at_contextual_token(make_model("gpt_neox"), 1, texts)
 
 
-def test_an_interrupted_run_resumes(run, tmp_path, monkeypatch):
-    whole = load_file(run(tmp_path / "whole") / "model.safetensors")
-    step = labels.LabelTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(labels.LabelTrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "part")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="Add --resume"):
-        run(tmp_path / "part")
-    resumed = load_file(run(tmp_path / "part", "--resume") / "model.safetensors")
-    for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
+def test_an_interrupted_run_resumes(run, check_resuming):
+    check_resuming(run, labels.LabelTrainer)
 
 
 @pytest.mark.parametrize(
