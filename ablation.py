@@ -50,7 +50,9 @@ VARIANTS: dict[str, dict] = {
     "lora": {"train_decoder": "lora"},
     "lora_encoder": {"train_decoder": "lora", "train_encoder": "lora"},
     "icl": {"max_examples": 5, "icl_max_seq_length": 512},
-    "last_token_on": {"encoder": None, "decoder": None, "projector_identity": None},
+    "last_token_on": dict.fromkeys(
+        "encoder decoder projector_identity query_instruction max_seq_length encoder_max_seq_length".split()
+    ),
     "causal2vec_on": {},
 }
 # Variants that start from the trained model of another one: it goes on as it is, or its decoder is joined to the encoder.
@@ -170,7 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--recipe",
         default=str(ROOT / "recipes" / "tiny.json"),
-        help="what variants change (default: recipes/tiny.json)",
+        help="what variants change; settings.json of a study goes on with it (default: recipes/tiny.json)",
     )
     add("--max_steps", type=int, default=40, help="training steps of a run (default: 40)")
     add("--batch_size", type=int, default=32, help="rows per training step (default: 32)")
@@ -217,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mteb_tasks import select_tasks
 
     tasks = select_tasks(args.tasks, args.data_dir)
-    check_settings(args.output, study_settings(args, recipe, tasks))
+    for folder in (args.output, args.work):
+        check_settings(folder, study_settings(args, recipe, tasks))
     for number, (variant, seed) in enumerate(todo, 1):
         log(f"[{number}/{len(todo)}] {variant}, seed {seed}")
         run_variant(args, recipe, tasks, variant, seed)
@@ -228,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def base_recipe(args: argparse.Namespace) -> dict:
     """The recipe on this study's budget, with the paper's loss alone and without what costs time only."""
     recipe = read_json(args.recipe)
+    recipe = recipe.get("recipe", recipe)
     left_out = (
         "matryoshka_dims load_best_model_at_end metric_for_best_model eval_steps dev_rows gradcache distillation "
         "interpolation"
@@ -282,7 +286,9 @@ def check_settings(output: Path, settings: dict) -> None:
         found = read_json(file)
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
-            raise ValueError(f"{output} holds runs with another {' and '.join(differing)}. Use another --output.")
+            raise ValueError(
+                f"{output} holds runs with another {' and '.join(differing)}. Use other folders for --output and --work."
+            )
     write_json(file, settings)
 
 
@@ -311,6 +317,9 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
         flags = dict(VARIANTS.get(variant, {}))
         if variant.startswith(ENCODER):
             flags["encoder"] = args.encoders[variant.removeprefix(ENCODER)]
+            widths = [backbone_width(folder) for folder in (flags["encoder"], recipe["decoder"])]
+            if widths[0] > widths[1]:
+                flags["projector_identity"] = None  # there is none from more numbers to fewer
         if variant in GO_ON:
             flags["model"] = str(train_variant(args, recipe, GO_ON[variant], seed)[0])
         if variant in JOIN:
@@ -328,6 +337,12 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
     seconds = next((entry["train_runtime"] for entry in reversed(facts["log"]) if "train_runtime" in entry), None)
     losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
     return model, {"steps": facts["steps"], "losses": losses, "seconds": seconds, "plan": facts["plan"]}
+
+
+def backbone_width(folder: str) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).get_text_config().hidden_size
 
 
 def decoder_of(model: Path, folder: Path) -> str:

@@ -166,16 +166,47 @@ class WordCollator:
         }
 
 
-class WordTrainer(Trainer):
+class HeldoutTrainer(Trainer):
+    """
+    Trainer that scores itself by `measure` on `heldout`: batches, in whatever form that reads them. What `compute_loss` gives
+    with `return_outputs` are figures of a batch.
+    """
+
+    def __init__(self, *args, heldout, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.heldout = heldout
+        self.model_accepts_loss_kwargs = False
+
+    def measure(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def outputs(self, batches: list[dict]) -> list[dict]:
+        """What `compute_loss` tells of each batch."""
+        found = []
+        for batch in batches:
+            with self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(dict(batch))
+                found.append(self.compute_loss(self.model, inputs, return_outputs=True)[1])
+        return found
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.model.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class WordTrainer(HeldoutTrainer):
     """
     Trainer whose loss is the squared distance of EOS's state from the target, plus a part of 1 less their cosine, plus 1
     less the cosine of the Contextual token's state and what the projector put in, which the layers so leave alone.
     """
 
-    def __init__(self, *args, words_norm: float, heldout: list[dict], **kwargs):
+    def __init__(self, *args, words_norm: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.words_norm, self.heldout = words_norm, heldout
-        self.model_accepts_loss_kwargs = False
+        self.words_norm = words_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target = inputs.pop("labels")
@@ -191,21 +222,10 @@ class WordTrainer(Trainer):
         metrics = {"cosine": cosine, "norm": eos.norm(dim=-1).mean() * self.words_norm, "kept": kept}
         return (loss, metrics) if return_outputs else loss
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        model = self.model.eval()
-        outputs = []
-        for batch in self.heldout:
-            with self.compute_loss_context_manager():
-                outputs.append(self.compute_loss(model, self._prepare_inputs(dict(batch)), return_outputs=True)[1])
-        metrics = {
-            f"{metric_key_prefix}_{name}": float(torch.stack([output[name] for output in outputs]).mean())
-            for name in ("cosine", "norm", "kept")
-        }
-        metrics[f"{metric_key_prefix}_score"] = metrics[f"{metric_key_prefix}_cosine"]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def measure(self) -> dict[str, float]:
+        outputs = self.outputs(self.heldout)
+        metrics = {name: float(torch.stack([output[name] for output in outputs]).mean()) for name in outputs[0]}
+        return metrics | {"score": metrics["cosine"]}
 
 
 def choose_texts(datasets: Sequence[Sequence[dict]], count: int, characters: int, seed: int) -> list[str]:
@@ -264,6 +284,16 @@ def decoder_optimizer(model: Causal2VecModel, args: TrainingArguments) -> torch.
     )
 
 
+def arguments_read(model_args, data_args, args: TrainingArguments, more) -> dict:
+    """The arguments of a run as its JSON tells them, without those of train.py that [`decoder_optimizer`] leaves no say."""
+    arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(more)}
+    unread = (
+        "train_decoder train_encoder lora_r lora_alpha lora_dropout optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+        "gradcache matryoshka_dims temperature distillation interpolation num_negatives max_examples train_max_length"
+    )
+    return without_machine_paths({name: value for name, value in arguments.items() if name not in unread.split()})
+
+
 @torch.no_grad()
 def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: float, eos_norm: float) -> dict:
     """
@@ -294,10 +324,9 @@ def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: f
     return {"encoder_norm": length, "eos_norm_before": before}
 
 
-def lengthen_eos(model: Causal2VecModel, factor: float) -> None:
+def silent_channel(model: Causal2VecModel) -> int:
     """
-    Makes EOS states longer beside the Contextual token's, by about `factor`: multiplies what the projector writes into the
-    channel that the decoder's last norm drops, which shortens the latter (see [`balance`]).
+    The channel that the decoder's last norm drops, so that what is written into it makes the rest of a state shorter.
 
     Raises:
         ValueError: there is no such channel, or more than one.
@@ -306,11 +335,20 @@ def lengthen_eos(model: Causal2VecModel, factor: float) -> None:
     channels = [] if gains is None or model.projector is None else (gains == 0).nonzero().flatten().tolist()
     if len(channels) != 1:
         raise ValueError(
-            "--eos_factor is for a model that bag_of_words.py started: its decoder's last norm should have one gain of 0, "
-            f"and has {len(channels)}."
+            "States change their length only in a model that bag_of_words.py started: its decoder's last norm should have "
+            f"one gain of 0, and has {len(channels)}."
         )
+    return channels[0]
+
+
+def lengthen_eos(model: Causal2VecModel, factor: float) -> None:
+    """
+    Makes EOS states longer beside the Contextual token's, by about `factor`: multiplies what the projector writes into the
+    [`silent_channel`], which shortens the latter (see [`balance`]).
+    """
+    channel = silent_channel(model)
     for parameter in model.projector.linear_2.parameters():
-        parameter.data[channels[0]] *= factor
+        parameter.data[channel] *= factor
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -327,9 +365,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if len(texts) <= held:
         raise ValueError(f"--heldout_texts {held} leaves no text to train on; there are {len(texts)}.")
     model = load_model(model_args)
-    if model.projector is None or len(model.config.embedding_sizes) == 1:
+    needed = {"baseline": None, "pooling": "concat", "contextual_position": "after_instruction", "num_slots": 1}
+    if any(getattr(model.config, name) != value for name, value in needed.items()):
         raise ValueError(
-            "This needs a Contextual token and an embedding whose second half is EOS's state (pooling concat)."
+            "This needs one Contextual token, behind the instruction, and an embedding of both states (pooling concat)."
         )
     words = WordVectors(model.decoder.get_input_embeddings().weight, read_words(model, texts[:20_000]))
     channel = prepare(model, word_args.embedding_scale)
@@ -372,9 +411,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(word_args)}
         facts = {
-            "arguments": without_machine_paths(arguments),
+            "arguments": arguments_read(model_args, data_args, args, word_args),
             "texts": len(texts) - held,
             "processes": args.world_size,
             "steps": trainer.state.global_step,

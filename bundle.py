@@ -31,8 +31,8 @@ def store_half(folder: Path) -> None:
         raise ValueError(f"{path}: some weights are not finite in float16.")
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    for part in (config, config.get("encoder_config", {}), config.get("decoder_config", {})):
-        if "dtype" in part:
+    for part in (config, config.get("encoder_config"), config.get("decoder_config")):
+        if part is not None and "dtype" in part:
             part["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

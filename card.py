@@ -24,7 +24,7 @@ TEMPLATE = """
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
-decoder: {train_decoder}, encoder: {train_encoder}{distillation}{interpolation}. Final loss {final_loss:.4f}. All
+{trained}{distillation}{interpolation}. Final loss {final_loss:.4f}. All
 arguments and the log are in `training.json`.
 
 | dataset | from | rows | per epoch | licence | instructions |
@@ -68,6 +68,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     arguments, plan, config = facts["arguments"], facts["plan"], model.config
+    towers = ("encoder", "decoder") if config.has_encoder else ("decoder",)
     scores = [] if results is None else eval_results(results)
     sources = [source(d.get("path")) for d in plan["datasets"]]
     data = ModelCardData(
@@ -76,17 +77,16 @@ def write_card(
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["causal2vec", "sentence-transformers", "text-embeddings", "sentence-similarity", "custom_code"],
-        base_model=[*base_models]
-        or [i for i in map(arguments.get, ("encoder", "decoder", "model")) if is_hub_id(i)]
-        or None,
+        base_model=[*base_models] or [i for i in map(arguments.get, (*towers, "model")) if is_hub_id(i)] or None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
         model_name=name,
         eval_results=scores or None,
     )
-    encoder, decoder = (
-        f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
-        for tower in ("encoder", "decoder")
-    )
+    names = {
+        tower: f"`{shown(arguments[tower])}`" if arguments[tower] else f"the {tower} of `{shown(arguments['model'])}`"
+        for tower in towers
+    }
+    trained = ", ".join(f"{tower}: {arguments[f'train_{tower}']}" for tower in reversed(towers))
     weight, share = arguments.get("distillation"), arguments.get("interpolation", 1)
     text = TEMPLATE.format(
         name=name,
@@ -104,8 +104,9 @@ def write_card(
         results=results_table(scores),
         truncation=truncation(arguments.get("matryoshka_dims")),
         licence="The weights carry the licences of their base models and of the training data; see there before use.",
-        **card_sections(folder, config, encoder, decoder, plan["datasets"][0]["instructions"][0]),
-        **{key: arguments[key] for key in ("temperature", "learning_rate", "seed", "train_decoder", "train_encoder")},
+        trained=trained,
+        **card_sections(folder, config, names.get("encoder"), names["decoder"], plan["datasets"][0]["instructions"][0]),
+        **{key: arguments[key] for key in ("temperature", "learning_rate", "seed")},
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
 

@@ -20,12 +20,18 @@ class STSDev:
     gold: list[float]
     instruction: str | None
 
-    def score(self, model, **kwargs) -> float:
+    def embed(self, model, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors of first and second sentences, `(pairs, dim)` each."""
+        first = model.encode(self.first, instruction=self.instruction, convert_to_tensor=True, **kwargs)
+        return first, model.encode(self.second, instruction=self.instruction, convert_to_tensor=True, **kwargs)
+
+    def compare(self, first: torch.Tensor, second: torch.Tensor) -> float:
         from scipy.stats import spearmanr
 
-        first = model.encode(self.first, instruction=self.instruction, convert_to_tensor=True, **kwargs)
-        second = model.encode(self.second, instruction=self.instruction, convert_to_tensor=True, **kwargs)
         return float(spearmanr((first * second).sum(-1), self.gold).statistic)
+
+    def score(self, model, **kwargs) -> float:
+        return self.compare(*self.embed(model, **kwargs))
 
 
 @dataclass
@@ -38,11 +44,17 @@ class RetrievalDev:
     relevant: list[set[int]]
     instruction: str | None
 
-    def score(self, model, **kwargs) -> float:
+    def embed(self, model, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors of queries `(queries, dim)` and documents `(documents, dim)`."""
         queries = model.encode(self.queries, instruction=self.instruction, convert_to_tensor=True, **kwargs)
-        corpus = model.encode(self.corpus, convert_to_tensor=True, **kwargs)
-        best = (queries @ corpus.T).topk(min(10, len(self.corpus))).indices  # (queries, 10)
+        return queries, model.encode(self.corpus, convert_to_tensor=True, **kwargs)
+
+    def compare(self, queries: torch.Tensor, corpus: torch.Tensor) -> float:
+        best = (queries @ corpus.T).argsort(dim=1, descending=True, stable=True)[:, :10]  # (queries, 10)
         return ndcg_at_10(best.tolist(), self.relevant)
+
+    def score(self, model, **kwargs) -> float:
+        return self.compare(*self.embed(model, **kwargs))
 
 
 def ndcg_at_10(ranked: Sequence[Sequence[int]], relevant: Sequence[set[int]]) -> float:
@@ -102,7 +114,12 @@ def held_out(rows, spec, count: int, seed: int):
     """
     Splits rows in two: those to train on, and a [`RetrievalDev`] whose queries are `count` others. No row to train on
     has the query or the positive of one held out.
+
+    Raises:
+        ValueError: that would leave none.
     """
+    if count >= len(rows):
+        raise ValueError(f"--dev_rows {count} leaves nothing to train on: {spec.name} has {len(rows)} rows.")
     shuffled = rows.shuffle(seed=seed)
     dev = shuffled.select(range(count))
     known = set(dev["query"]) | set(dev["positive"])

@@ -8,9 +8,10 @@ labels file lists datasets as a data file does, of rows whose positive is the na
 for a text is fitted to the encoder's vectors by logistic regression; under the dataset's instructions the EOS state,
 which attends to the Contextual token, is drawn to the sum of directions that stand for the labels, each as far as it is
 likely. Directions are orthonormal and near the EOS states of the labels' names. Under other instructions and none, both
-states are drawn to what they were before. bag_of_words.py has left EOS without an eye for the Contextual token, so one head
-of the first layer is turned to it at the start. The recipe is one of train.py with the arguments of [`LabelArguments`]
-besides. Left in `output_dir`: `model/`, and `labels.json` and `labels.png` with the run's curve.
+states are drawn to what they were before, but EOS's becomes shorter under instructions that ask for likeness, such as
+clustering, to which a text's words say less than to a search. bag_of_words.py has left EOS without an eye for the
+Contextual token, so one head of the first layer is turned to it at the start. The recipe is one of train.py with the
+arguments of [`LabelArguments`] besides. Left in `output_dir`: `model/`, and `labels.json` and `labels.png` with the run's curve.
 """
 
 import copy
@@ -20,15 +21,22 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
-from bag_of_words import WordBatches, choose_texts, decoder_optimizer, lengthen_eos
-from card import without_machine_paths
+from bag_of_words import (
+    HeldoutTrainer,
+    WordBatches,
+    arguments_read,
+    choose_texts,
+    decoder_optimizer,
+    lengthen_eos,
+    silent_channel,
+)
 from data import load_rows, read_data_file
 from modeling_causal2vec import Causal2VecModel
 from train import MarkComplete, find_checkpoint, last_norm, load_data, load_model, parse, plot, reads_encoder_once
@@ -46,6 +54,13 @@ class LabelArguments:
     labels_file: str | None = field(
         default=None, metadata={"help": "JSON list of datasets whose positives are names of labels."}
     )
+    label_factor: float = field(
+        default=1.0, metadata={"help": "Length of EOS states under labels' instructions, in what it was."}
+    )
+    short_instructions_file: str | None = field(
+        default=None, metadata={"help": "JSON list of instructions under which EOS states become shorter."}
+    )
+    short_factor: float = field(default=0.5, metadata={"help": "Their length there, in what it was."})
     eos_factor: float = field(default=1.0, metadata={"help": "First lengthen EOS states by about this factor."})
     head: int = field(default=1, metadata={"help": "Which head of the first layer EOS is to look through."})
     labels_share: float = field(default=0.5, metadata={"help": "Share of batches that are taught labels."})
@@ -189,27 +204,27 @@ class LabelBatches(torch.utils.data.Dataset):
 
 
 class LabelCollator:
-    """Makes a batch's inputs; `dataset` goes along."""
+    """Makes a batch's inputs; `dataset` goes along, and how long EOS's states are to be, in lengths of what they were."""
 
-    def __init__(self, model: Causal2VecModel):
-        self.model = model
+    def __init__(self, model: Causal2VecModel, factors: dict[str, float]):
+        self.model, self.factors = model, factors
 
     def __call__(self, batches: list[tuple[list[str], str | None, list[dict], str | None]]) -> dict:
         ((texts, instruction, examples, dataset),) = batches
         examples = self.model.processor.fit_examples(instruction, examples)
-        return {**self.model.processor(texts, instruction, examples=examples or None), "dataset": dataset}
+        inputs = self.model.processor(texts, instruction, examples=examples or None)
+        return {**inputs, "dataset": dataset, "factor": self.factors.get(instruction, 1.0)}
 
 
-class LabelTrainer(Trainer):
+class LabelTrainer(HeldoutTrainer):
     """
     Trainer whose loss is, of each of the two states, the squared distance from what it should be, in squares of the length
     that EOS's states have in the mean, and a part of 1 less their cosine.
     """
 
-    def __init__(self, *args, before: Causal2VecModel, teachers: dict[str, LabelTeacher], heldout: dict, **kwargs):
+    def __init__(self, *args, before: Causal2VecModel, teachers: dict[str, LabelTeacher], **kwargs):
         super().__init__(*args, **kwargs)
-        self.before, self.teachers, self.heldout = before, teachers, heldout
-        self.model_accepts_loss_kwargs = False
+        self.before, self.teachers = before, teachers
 
     def states(self, model, inputs: dict, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The Contextual token's and EOS's states, `(batch, hidden_size)` each."""
@@ -224,35 +239,32 @@ class LabelTrainer(Trainer):
         length, target = before.norm(dim=-1).mean(), before
         if inputs["dataset"] is not None:
             target = length * self.teachers[inputs["dataset"]](vectors.cpu()).to(before)
+        target = inputs["factor"] * target
         contextual, eos = self.states(model, inputs, token)
         loss = 0
         for state, wanted in ((contextual, kept), (eos, target)):
             cosine = F.cosine_similarity(state, wanted, dim=-1).mean()
             loss = loss + (state - wanted).square().sum(-1).mean() / length**2 + 0.3 * (1 - cosine)
-        return (loss, {"eos": eos, "cosine": cosine}) if return_outputs else loss
+        metrics = {"eos": eos, "cosine": cosine, "length": eos.norm(dim=-1).mean() / target.norm(dim=-1).mean()}
+        return (loss, metrics) if return_outputs else loss
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Share of held-out rows whose EOS state is nearest to their label; of other texts, its cosine to what it was."""
-        model, metrics = self.model.eval(), {}
+    def measure(self) -> dict[str, float]:
+        """
+        Share of held-out rows whose EOS state is nearest to their label; of all texts, its cosine to what it should be and
+        its length over what that should be.
+        """
+        metrics = {}
         for name, (batches, labels) in self.heldout.items():
-            outputs = []
-            for batch in batches:
-                with self.compute_loss_context_manager():
-                    outputs.append(self.compute_loss(model, self._prepare_inputs(dict(batch)), return_outputs=True)[1])
+            outputs = self.outputs(batches)
             if name in self.teachers:
                 teacher = self.teachers[name]
                 nearest = (torch.cat([output["eos"] for output in outputs]).cpu() @ teacher.directions.T).argmax(-1)
                 right = [teacher.labels[place] == label for place, label in zip(nearest.tolist(), labels, strict=True)]
-                metrics[f"{metric_key_prefix}_{name}"] = sum(right) / len(right)
-            metrics[f"{metric_key_prefix}_{name}_cosine"] = float(
-                torch.stack([output["cosine"] for output in outputs]).mean()
-            )
+                metrics[name] = sum(right) / len(right)
+            for figure in ("cosine", "length"):
+                metrics[f"{name}_{figure}"] = float(torch.stack([output[figure] for output in outputs]).mean())
         cosines = [value for name, value in metrics.items() if name.endswith("_cosine")]
-        metrics[f"{metric_key_prefix}_score"] = sum(cosines) / len(cosines)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return metrics | {"score": sum(cosines) / len(cosines)}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -272,10 +284,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError("--labels_file is missing: a JSON list of datasets, such as recipes/data/labels.json.")
     model = load_model(model_args).to(args.device)
     model.requires_grad_(False)
-    if not reads_encoder_once(model) or len(model.config.embedding_sizes) == 1:
-        raise ValueError(
-            "This needs one Contextual token and an embedding whose second half is EOS's state (pooling concat)."
-        )
+    if not reads_encoder_once(model) or model.config.pooling != "concat":
+        raise ValueError("This needs one Contextual token and an embedding of both states (pooling concat).")
 
     rng, held, limit = random.Random(args.seed), label_args.heldout_texts, label_args.max_characters
     data, _ = load_data(data_args, args)
@@ -284,7 +294,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for spec in read_data_file(label_args.labels_file):
         rows = list(load_rows(spec, data_args.data_dir, str(output / "data"), data_args.skip_bad_rows))
         rng.shuffle(rows)
-        labelled[spec.name] = spec, [row | {"query": row["query"][:limit]} for row in rows]
+        rows = [row | {"query": row["query"][:limit]} for row in rows]
+        asked = [row["query"] for row in rows[:held]]
+        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in asked)]
+        labelled[spec.name] = spec, rows[:held] + rest
     if min(len(texts), *(len(rows) for _, rows in labelled.values())) <= held:
         raise ValueError(
             f"--heldout_texts {held} leaves nothing to train on: there are {len(texts)} texts, and "
@@ -294,14 +307,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     files = (ROOT / "instructions.json", ROOT / "recipes" / "data" / "other_instructions.json")
     mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     asked = {instruction for spec in data.specs for instruction in spec.instructions}
-    others = sorted({*mteb.values(), *made_up, *asked} - own)
+    short = []
+    if label_args.short_instructions_file is not None or label_args.label_factor != 1:
+        silent_channel(model)
+    if label_args.short_instructions_file is not None:
+        short = json.loads(Path(label_args.short_instructions_file).read_text(encoding="utf-8"))
+    others = sorted({*mteb.values(), *made_up, *asked} - own - {*short})
     size = args.max_steps * args.world_size
 
     def batches(texts: list[str], instructions: list[str]) -> WordBatches:
         lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
         return WordBatches(texts, lengths, instructions, label_args.tokens_per_batch, size, args.seed)
 
-    collator, teachers, drawn, heldout = LabelCollator(model), {}, {}, {}
+    factors = dict.fromkeys(short, label_args.short_factor) | dict.fromkeys(own, label_args.label_factor)
+    collator, teachers, drawn, heldout = LabelCollator(model, factors), {}, {}, {}
     for name, (spec, rows) in labelled.items():
         fitted = rows[held:][: label_args.fitted_rows]
         labels = [row["positive"] for row in fitted]
@@ -318,10 +337,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             [collator([([row["query"] for row in part], spec.instructions[0], [], name)]) for part in parts],
             [row["positive"] for row in rows[:held]],
         )
-    parts = [(texts[start : min(start + 32, held)], others[start % len(others)]) for start in range(0, held, 32)]
-    heldout["documents"] = [collator([(part, None, [], None)]) for part, _ in parts], None
-    heldout["queries"] = [collator([(part, instruction, [], None)]) for part, instruction in parts], None
-    plain = batches(texts[held:] + [row["query"] for _, rows in labelled.values() for row in rows[held:]], others)
+    parts = [texts[start : min(start + 32, held)] for start in range(0, held, 32)]
+    for name, listed in (("documents", [None]), ("queries", others), ("short", short)):
+        if listed:
+            asked = [listed[32 * place % len(listed)] for place in range(len(parts))]
+            heldout[name] = [collator([(part, *rest, [], None)]) for part, *rest in zip(parts, asked)], None
+    plain = [row["query"] for _, rows in labelled.values() for row in rows[held:]]
+    plain = batches(texts[held:] + plain, others + short * 2)  # the short ones are fewer, and taught something new
     if args.dry_run:
         return output / "model"
 
@@ -344,9 +366,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(label_args)}
         facts = {
-            "arguments": without_machine_paths(arguments),
+            "arguments": arguments_read(model_args, data_args, args, label_args),
             "rows": {name: len(rows) - held for name, (_, rows) in labelled.items()},
             "texts": len(texts) - held,
             "processes": args.world_size,

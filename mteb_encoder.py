@@ -556,15 +556,15 @@ def register(model: str, revision: str | None = None, name: str | None = None) -
     import torch
     from mteb.models.model_implementations import MODEL_REGISTRY
 
+    from baselines import MODELS
     from configuration_causal2vec import Causal2VecConfig
-    from modeling_causal2vec import Causal2VecModel
 
     location = locate(model, revision, name)
     if not location.is_causal2vec:
         raise ValueError(f"{model} is not a Causal2Vec checkpoint; mteb.get_model({model!r}) loads it without this.")
     config = Causal2VecConfig.from_pretrained(location.path, revision=location.commit or "main")
     with torch.device("meta"):
-        shapes = Causal2VecModel(config)
+        shapes = MODELS[config.baseline](config)
     meta = model_meta(location, Causal2VecBackend(shapes))
     MODEL_REGISTRY[meta.name] = meta
     return meta.name

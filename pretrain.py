@@ -96,10 +96,14 @@ def corpus_files(corpus_dir: str, shards: Sequence[str] | None = None) -> list[s
     The files of the named shards, in their order, or of all.
 
     Raises:
-        ValueError: a shard has no file, or there are none.
+        ValueError: a shard has no file or several, or there are none.
     """
-    paths = sorted(glob.glob(os.path.join(corpus_dir, "*.txt*")))
-    stems = {os.path.basename(path).split(".")[0]: path for path in paths}
+    stems: dict[str, str] = {}
+    for path in sorted(glob.glob(os.path.join(corpus_dir, "*.txt*"))):
+        stem = os.path.basename(path).split(".")[0]
+        if stem in stems:
+            raise ValueError(f"{path} and {stems[stem]} are both named {stem}; rename one of them.")
+        stems[stem] = path
     names = shards or list(stems)
     missing = [name for name in names if name not in stems]
     if missing or not names:
@@ -192,6 +196,22 @@ class TokenRows:
         return {"input_ids": row, "labels": row}
 
 
+def fixed_arguments(args: PretrainArguments, file: Path) -> dict:
+    """
+    The arguments that a run keeps when it goes on: all but `--max_steps`, `--save_steps` and where things are.
+
+    Raises:
+        ValueError: those in `file`, which the folder's tokens and checkpoints were made with, are others.
+    """
+    free = ("corpus_dir", "output_dir", "model", "max_steps", "save_steps")
+    arguments = {name: value for name, value in vars(args).items() if name not in free}
+    found = json.loads(file.read_text()) if file.exists() else arguments
+    differing = [f"--{name} {found[name]!r}" for name in arguments if found[name] != arguments[name]]
+    if differing:
+        raise ValueError(f"{file.parent} holds a run with {', '.join(differing)}. Use these or another --output_dir.")
+    return arguments
+
+
 def seen_before(args: PretrainArguments) -> int:
     """
     Tokens that `--model` was trained on.
@@ -244,6 +264,7 @@ def main() -> None:
     output = Path(args.output_dir)
     before = seen_before(args)
     output.mkdir(parents=True, exist_ok=True)
+    arguments = fixed_arguments(args, output / "arguments.json")
 
     if not all((output / name).exists() for name in ("tokenizer.json", "train.npy", "heldout.npy")):
         texts = load_pieces(args)
@@ -256,6 +277,7 @@ def main() -> None:
             tokenizer = train_tokenizer(texts, args.vocab_size)
         write_tokens(texts, tokenizer, args, output)
         tokenizer.save_pretrained(output)
+        (output / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
         del texts
 
     import torch

@@ -381,18 +381,18 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     """
     has_encoder = args.baseline not in WITHOUT_ENCODER
     encoder = args.encoder if has_encoder else None
-    if (args.model is None) == (args.decoder is None or (has_encoder and encoder is None)):
+    if (args.decoder is None or (has_encoder and encoder is None)) if args.model is None else encoder or args.decoder:
         raise ValueError("Give either --model, or both --encoder and --decoder.")
-    variant = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
-    changed = [name for name in (*variant, "baseline") if getattr(args, name) not in (None, False)]
+    names = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
+    names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
+    names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
+    changed = [name for name in (*names, "baseline") if getattr(args, name) not in (None, False, "")]
     if args.model is not None and changed:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     if args.model is not None:
         model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     else:
-        names = (*variant, "prompt_head", "prompt_tail", "query_instruction", "text_prefix")
-        names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.projector_identity is not None and encoder is not None:
             encoder_config = AutoConfig.from_pretrained(encoder)
@@ -414,9 +414,15 @@ def start_projector_as_identity(projector, scale: float, gains: torch.Tensor | N
     attend to.
 
     Raises:
-        ValueError: the decoder is narrower than the encoder, or the activation is not GELU.
+        ValueError: the decoder is narrower than the encoder, the activation is not GELU, or there are not twice as many
+            hidden units as the encoder has numbers.
     """
     size, width = projector.linear_1.in_features, projector.linear_2.out_features
+    if projector.linear_1.out_features != 2 * size:
+        raise ValueError(
+            f"--projector_identity needs a projector with {2 * size} hidden units, which two joined backbones get with it; "
+            f"this model's has {projector.linear_1.out_features}."
+        )
     if width < size or not torch.allclose(projector.act(torch.ones(1)) - projector.act(-torch.ones(1)), torch.ones(1)):
         raise ValueError(
             f"--projector_identity needs a decoder at least as wide as the encoder and the activation gelu; got "
@@ -526,10 +532,11 @@ def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tup
     return TrainingData(specs, rows, args.num_negatives, args.max_examples, training.seed), dev_sets
 
 
-def keep_base(model: Causal2VecModel, folder: Path) -> None:
-    """Saves newly joined backbones, so that an adapter has a base model to name."""
-    if not (folder / "config.json").exists():
-        model.save_pretrained(folder)
+def keep_base(model: Causal2VecModel, folder: Path, args: Causal2VecTrainingArguments, resuming: bool) -> None:
+    """Saves newly joined backbones, by one process, so that an adapter has a base model to name."""
+    with args.main_process_first(local=False, desc="saving the base model"):
+        if args.process_index == 0 and not (resuming and (folder / "config.json").exists()):
+            model.save_pretrained(folder)
     model.name_or_path = model.config.name_or_path = str(folder)
 
 
@@ -637,7 +644,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     data, dev_sets = load_data(data_args, args)
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
-        keep_base(base, output / "base")
+        keep_base(base, output / "base", args, resuming=checkpoint is not None)
     model = choose_parameters(base, model_args)
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     start = {name: weight.detach().clone() for name, weight in trained} if args.interpolation < 1 else {}

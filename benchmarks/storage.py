@@ -49,21 +49,6 @@ def store(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarray
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def sides(model, pack, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of first and second sentences, or of queries and documents."""
-    from dev import STSDev
-
-    if isinstance(pack, STSDev):
-        first, second = (
-            model.encode(t, instruction=pack.instruction, batch_size=batch_size) for t in (pack.first, pack.second)
-        )
-        return first, second
-    return (
-        model.encode(pack.queries, instruction=pack.instruction, batch_size=batch_size),
-        model.encode(pack.corpus, batch_size=batch_size),
-    )
-
-
 def shorten(pack, max_documents: int | None) -> int | None:
     """Leaves a retrieval pack this many documents: all that answer a query, then the first others. Returns how many."""
     from dev import STSDev
@@ -79,19 +64,10 @@ def shorten(pack, max_documents: int | None) -> int | None:
     return len(kept)
 
 
-def score(pack, first: np.ndarray, second: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    from dev import STSDev, ndcg_at_10
-
-    if isinstance(pack, STSDev):
-        return 100 * float(spearmanr((first * second).sum(1), pack.gold).statistic)
-    best = np.argsort(-(first @ second.T), axis=1, kind="stable")[:, :10]  # (queries, 10)
-    return 100 * ndcg_at_10(best.tolist(), pack.relevant)
-
-
 def measure(args: argparse.Namespace) -> dict:
     """Scores of all variants on all packs."""
+    import torch
+
     from dev import STSDev, load_pack
     from modeling_causal2vec import Causal2VecModel
 
@@ -104,13 +80,13 @@ def measure(args: argparse.Namespace) -> dict:
     for name in args.packs:
         pack = load_pack(str(Path(args.data_dir, name)), instructions.get(name, model.config.query_instruction))
         documents[name] = shorten(pack, args.max_documents)
-        vectors = sides(model, pack, args.batch_size)
+        vectors = [side.numpy() for side in pack.embed(model, batch_size=args.batch_size)]
         for row in rows:
             first, second = (cut(side, row["dim"], model.config.embedding_sizes) for side in vectors)
             known = np.concatenate([first, second]) if isinstance(pack, STSDev) else second
             ranges = np.stack([known.min(0), known.max(0)])
-            first, second = (store(side, row["precision"], ranges) for side in (first, second))
-            row["scores"][name] = score(pack, first, second)
+            first, second = (torch.from_numpy(store(side, row["precision"], ranges)) for side in (first, second))
+            row["scores"][name] = 100 * pack.compare(first, second)
     return {"model": Path(args.model).resolve().name, "packs": args.packs, "documents": documents, "rows": rows}
 
 

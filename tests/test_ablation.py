@@ -104,6 +104,9 @@ def test_a_finished_run_is_not_run_again(study, results, monkeypatch, capsys):
     study("--study", "components", "tokens", "--seeds", 2, "--dry_run")
     told = capsys.readouterr().out
     assert told.startswith("6 runs to do") and "tokens_8, seed 43" in told
+    study(
+        "--recipe", results / "settings.json", "--study", "components", "--seeds", 2
+    )  # a study goes on without its own
 
 
 def test_redraw(study, results):
@@ -136,8 +139,10 @@ def test_tables(results):
 
 
 def test_another_budget_needs_another_folder(study, results):
-    with pytest.raises(ValueError, match="holds runs with another recipe. Use another --output"):
+    with pytest.raises(ValueError, match="holds runs with another recipe. Use other folders for --output"):
         study("--study", "components", "--max_steps", 3)
+    with pytest.raises(ValueError, match="work holds runs with another recipe"):
+        study("--study", "components", "--max_steps", 3, "--output", study.folder / "elsewhere")
     with pytest.raises(ValueError, match="another tasks"):
         study("--study", "components", "--tasks", "STS16")
 

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -158,10 +159,23 @@ def test_states_of_a_model_without_projector(make_model):
         bundle.divide_states(make_model(baseline="last_token"), 8.0)
 
 
+def test_a_model_without_encoder_is_stored_in_half_precision(make_model, tmp_path):
+    model = make_model(baseline="last_token")
+    model.save_pretrained(tmp_path / "model")
+    bundle.store_half(tmp_path / "model")
+    stored = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    assert stored and {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    read = type(model).from_pretrained(tmp_path / "model")
+    assert read.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"pooling": "average"}, "pooling concat"),
+        ({"pooling": "eos_encoder"}, "pooling concat"),
+        ({"contextual_position": "before_instruction"}, "behind the instruction"),
+        ({"num_contextual_tokens": 2}, "one Contextual token"),
         ({"baseline": "last_token"}, "Contextual token"),
         ({"decoder": "gpt_neox"}, "LayerNorm; got GPTNeoX"),
         ({"heldout_texts": 10_000}, "leaves no text"),

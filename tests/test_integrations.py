@@ -188,6 +188,17 @@ def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
     assert result.model_name == name and result.model_revision == meta.revision
 
 
+@pytest.mark.parametrize("baseline", ["last_token", "embedding_concat", "token_prepending"])
+def test_mteb_gets_a_baseline(mteb, make_model, tmp_path, baseline):
+    from mteb_encoder import register
+
+    model = make_model(baseline=baseline)
+    model.save_pretrained(tmp_path / "baseline")
+    name = register(str(tmp_path / "baseline"))
+    assert mteb.get_model_meta(name).embed_dim == model.config.embedding_size
+    assert abs(mteb.get_model(name).backend.model.encode(["a text"]) - model.eval().encode(["a text"])).max() < 1e-5
+
+
 def test_mteb_is_told_what_cannot_be_registered(mteb, saved_dir, backbone_dir, tmp_path):
     import mteb_encoder
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bag_of_words
 import label_rows
 import labels
 import train
@@ -33,7 +34,7 @@ def run(backbone_dir, tmp_path_factory):
         spec = {"name": listed, "path": f"{listed}.jsonl", "instructions": instructions}
         (folder / f"{name}.json").write_text(json.dumps([spec]))
 
-    def run(output, *flags, **changes):
+    def write(output, **changes):
         recipe = {
             "encoder": backbone_dir("bert"),
             "decoder": backbone_dir("qwen3"),
@@ -58,9 +59,12 @@ def run(backbone_dir, tmp_path_factory):
         } | changes
         path = folder / "recipe.json"
         path.write_text(json.dumps({name: value for name, value in recipe.items() if value is not None}))
-        return labels.main([str(path), *flags])
+        return str(path)
 
-    run.start = lambda: train.load_model(train.parse([str(folder / "recipe.json")], labels.LabelArguments)[0])
+    def run(output, *flags, **changes):
+        return labels.main([write(output, **changes), *flags])
+
+    run.start = lambda: train.load_model(train.parse([write(folder)], labels.LabelArguments)[0])
     return run
 
 
@@ -82,24 +86,67 @@ def test_the_fit_is_a_logistic_regression():
 
 
 def test_eos_learns_labels_and_keeps_the_rest(run, tmp_path):
-    folder = run(tmp_path / "labelled", max_steps=300, learning_rate=1e-2)
+    before = run.start().eval()
+    bag_of_words.prepare(before.requires_grad_(False), embedding_scale=1.0)  # so that states can be shorter
+    before.save_pretrained(tmp_path / "start")
+    (tmp_path / "short.json").write_text(json.dumps(["group"]))
+    start = {"model": str(tmp_path / "start"), "encoder": None, "decoder": None, "projector_identity": None}
+    short = {"short_instructions_file": str(tmp_path / "short.json"), "short_factor": 0.5}
+    folder = run(tmp_path / "labelled", max_steps=300, learning_rate=1e-2, **start, **short)
     facts = json.loads((tmp_path / "labelled" / "labels.json").read_text())
     assert facts["heldout"]["opinions"] > 0.9 and facts["fit"]["opinions"] > 0.9
     assert (tmp_path / "labelled" / "labels.png").is_file()
-    before, after = run.start(), Causal2VecModel.from_pretrained(folder)
+    after = Causal2VecModel.from_pretrained(folder)
     width = after.config.hidden_size
     texts = ["cats run good", "dogs sleep bad", "red old good", "new blue bad"]
 
-    def states(model, instruction):
-        return F.normalize(model.encode(texts, instruction=instruction, convert_to_tensor=True)[:, -width:], dim=-1)
+    def eos(model, instruction):
+        options = {"instruction": instruction, "normalize_embeddings": False, "convert_to_tensor": True}
+        return model.encode(texts, **options)[:, -width:]
 
+    def states(model, instruction):
+        return F.normalize(eos(model, instruction), dim=-1)
+
+    lengths = [
+        eos(after, instruction).norm(dim=-1).mean() / eos(before, instruction).norm(dim=-1).mean()
+        for instruction in (None, "group")
+    ]
+    assert lengths[1] < 0.95 * lengths[0]
     likeness = states(after, INSTRUCTION) @ states(after, INSTRUCTION).T
     assert min(likeness[0, 2], likeness[1, 3]) > likeness[[0, 0, 2, 2], [1, 3, 1, 3]].max() + 0.3
     kept = [
         (states(before, instruction) * states(after, instruction)).sum(-1).mean()
-        for instruction in (None, "Retrieve semantically similar text.", INSTRUCTION)
+        for instruction in (None, "Retrieve semantically similar text.", "group", INSTRUCTION)
     ]
-    assert min(kept[:2]) > 0.75 and kept[2] < min(kept[:2]) - 0.2
+    assert min(kept[:3]) > 0.75 and kept[3] < min(kept[:3]) - 0.2
+
+
+def test_how_long_eos_states_are_to_be(make_model, tmp_path):
+    """The model as it was is off by what the target's length differs, and by nothing where that stays."""
+    model = make_model("qwen3").eval()
+    collator = labels.LabelCollator(model, {"group": 0.5, INSTRUCTION: 2.0})
+    teacher = labels.LabelTeacher(torch.randn(8, 24), ["yes", "no"] * 4, torch.eye(2, model.config.hidden_size))
+    trainer = labels.LabelTrainer(
+        model=model,
+        args=train.Causal2VecTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        before=model,
+        teachers={"opinions": teacher},
+        heldout={},
+    )
+    texts = ["How much protein should a female eat?", "hi"]
+
+    def told(instruction, dataset=None):
+        batch = collator([(texts, instruction, [], dataset)])
+        with torch.no_grad():
+            return *trainer.compute_loss(model, dict(batch), return_outputs=True), batch["factor"]
+
+    assert abs(told("find")[0]) < 1e-5 and told("find")[2] == 1
+    loss, outputs, factor = told("group")
+    lengths = outputs["eos"].norm(dim=-1)
+    torch.testing.assert_close(loss, 0.25 * lengths.square().mean() / lengths.mean() ** 2, rtol=0, atol=1e-4)
+    assert factor == 0.5 and abs(outputs["length"] - 2) < 1e-4
+    loss, outputs, factor = told(INSTRUCTION, "opinions")
+    assert loss > 1 and factor == 2 and abs(outputs["length"] - 0.5) < 1e-4
 
 
 def test_a_head_looks_at_the_contextual_token(run, make_model):
@@ -136,10 +183,13 @@ def test_an_interrupted_run_resumes(run, check_resuming):
     "changes, message",
     [
         ({"pooling": "average"}, "pooling concat"),
+        ({"pooling": "eos_encoder"}, "pooling concat"),
         ({"baseline": "last_token"}, "Contextual token"),
         ({"heldout_texts": 10_000}, "leaves nothing to train on"),
         ({"labels_file": None}, "--labels_file is missing"),
         ({"eos_factor": 2.0}, "one gain of 0"),
+        ({"short_instructions_file": "short.json"}, "one gain of 0"),
+        ({"label_factor": 2.0}, "one gain of 0"),
         ({"head": 99}, "--head must be one of"),
     ],
 )

@@ -55,6 +55,9 @@ def test_a_decoder_that_goes_on_sees_other_tokens(monkeypatch, corpus, tmp_path)
 
     finished = run(monkeypatch, corpus, tmp_path / "first")  # nothing is left to train
     assert finished["heldout_loss"] == pytest.approx(first["heldout_loss"]) and finished["tokens_seen"] == 512
+    for flags, told in ((("--vocab_size", "400"), "--vocab_size 300"), (("--shards", "one"), "--shards None")):
+        with pytest.raises(ValueError, match=f"holds a run with {told}"):
+            run(monkeypatch, corpus, tmp_path / "first", *flags)
     for flags, told in (
         (("--seed", "1"), "--seed must be 42, as for"),
         (("--skip_tokens", "10000000"), "lower --skip_tokens"),
@@ -68,6 +71,13 @@ def test_a_decoder_that_goes_on_sees_other_tokens(monkeypatch, corpus, tmp_path)
 def test_a_missing_shard(corpus):
     with pytest.raises(ValueError, match=r"No corpus file for \['three'\] .* found \['one', 'two'\]"):
         pretrain.corpus_files(str(corpus), ["one", "three"])
+
+
+def test_two_files_of_one_name(tmp_path):
+    for name in ("one.txt", "one.2.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(ValueError, match="are both named one; rename one of them"):
+        pretrain.corpus_files(str(tmp_path))
 
 
 def test_neighbouring_paragraphs(corpus, tmp_path):

@@ -173,6 +173,9 @@ def test_a_projector_that_starts_as_the_identity(backbone_dir):
     narrow.linear_2 = torch.nn.Linear(48, 16)
     with pytest.raises(ValueError, match="at least as wide"):
         train.start_projector_as_identity(narrow, 1.0)
+    narrow.linear_1 = torch.nn.Linear(24, 32)
+    with pytest.raises(ValueError, match="needs a projector with 48 hidden units, .* has 32"):
+        train.start_projector_as_identity(narrow, 1.0)
 
     torch.nn.init.uniform_(model.decoder.norm.weight, 0.5, 2)
     train.start_projector_as_identity(model.projector, 1e4, train.last_norm(model.decoder))
@@ -414,6 +417,11 @@ def test_a_run_too_short_for_a_log_entry_is_saved_all_the_same(run):
 def test_arguments_that_cannot_work(run, tmp_path):
     with pytest.raises(ValueError, match="Give either --model"):
         run("--model", "x")
+    for changed in ({"query_instruction": "find"}, {"max_seq_length": 64}, {"text_prefix": "> "}, {"pooling": "eos"}):
+        with pytest.raises(ValueError, match=f"stays as it is; leave out --{[*changed][0]}"):
+            train.load_model(train.ModelArguments(model="x", **changed))
+    with pytest.raises(ValueError, match="Give either --model"):
+        train.load_model(train.ModelArguments(model="x", encoder="y"))
     recipe = tmp_path / "unknown.json"
     recipe.write_text(json.dumps({"output_dir": "x", "learning_rat": 1}))
     with pytest.raises(ValueError, match="learning_rat"):
@@ -489,6 +497,7 @@ def test_variants_train_like_the_default(run, tmp_path, flags):
     assert ("encoder" in facts["plan"]["parameters"]) == trained.config.has_encoder
     card = (folder / "README.md").read_text()
     assert f"{trained.config.embedding_size} numbers" in card and ("a baseline" in card) == ("--baseline" in flags)
+    assert ("encoder: " in card) == trained.config.has_encoder
 
 
 def test_a_frozen_encoder_is_read_once_per_text(run, monkeypatch):
