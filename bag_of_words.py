@@ -168,8 +168,8 @@ class WordCollator:
 
 class HeldoutTrainer(Trainer):
     """
-    Trainer that scores itself by `measure` on `heldout`: batches, in whatever form that reads them. What `compute_loss` gives
-    with `return_outputs` are figures of a batch.
+    Trainer that scores itself by `measure` on `heldout`: batches, in whatever form that reads them. With `return_outputs`,
+    `compute_loss` gives a batch's figures beside its loss.
     """
 
     def __init__(self, *args, heldout, **kwargs):

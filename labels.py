@@ -8,10 +8,11 @@ labels file lists datasets as a data file does, of rows whose positive is the na
 for a text is fitted to the encoder's vectors by logistic regression; under the dataset's instructions the EOS state,
 which attends to the Contextual token, is drawn to the sum of directions that stand for the labels, each as far as it is
 likely. Directions are orthonormal and near the EOS states of the labels' names. Under other instructions and none, both
-states are drawn to what they were before, but EOS's becomes shorter under instructions that ask for likeness, such as
-clustering, to which a text's words say less than to a search. bag_of_words.py has left EOS without an eye for the
+states are drawn to what they were before; a list of instructions can be given under which EOS's becomes shorter, such as
+those of clustering, to which single words say less than to a search. bag_of_words.py has left EOS without an eye for the
 Contextual token, so one head of the first layer is turned to it at the start. The recipe is one of train.py with the
-arguments of [`LabelArguments`] besides. Left in `output_dir`: `model/`, and `labels.json` and `labels.png` with the run's curve.
+arguments of [`LabelArguments`] besides. Left in `output_dir`: `model/`, and `labels.json` and `labels.png` with the run's
+curve.
 """
 
 import copy

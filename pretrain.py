@@ -203,7 +203,7 @@ def fixed_arguments(args: PretrainArguments, file: Path) -> dict:
     Raises:
         ValueError: those in `file`, which the folder's tokens and checkpoints were made with, are others.
     """
-    free = ("corpus_dir", "output_dir", "model", "max_steps", "save_steps")
+    free = ("corpus_dir", "output_dir", "max_steps", "save_steps")
     arguments = {name: value for name, value in vars(args).items() if name not in free}
     found = json.loads(file.read_text()) if file.exists() else arguments
     differing = [f"--{name} {found[name]!r}" for name in arguments if found[name] != arguments[name]]
