@@ -219,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mteb_tasks import select_tasks
 
     tasks = select_tasks(args.tasks, args.data_dir)
+    settings = study_settings(args, recipe, tasks)
     for folder in (args.output, args.work):
-        check_settings(folder, study_settings(args, recipe, tasks))
+        check_settings(folder, settings)
     for number, (variant, seed) in enumerate(todo, 1):
         log(f"[{number}/{len(todo)}] {variant}, seed {seed}")
         run_variant(args, recipe, tasks, variant, seed)
@@ -317,8 +318,7 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
         flags = dict(VARIANTS.get(variant, {}))
         if variant.startswith(ENCODER):
             flags["encoder"] = args.encoders[variant.removeprefix(ENCODER)]
-            widths = [backbone_width(folder) for folder in (flags["encoder"], recipe["decoder"])]
-            if widths[0] > widths[1]:
+            if train.backbone_width(flags["encoder"]) > train.backbone_width(recipe["decoder"]):
                 flags["projector_identity"] = None  # there is none from more numbers to fewer
         if variant in GO_ON:
             flags["model"] = str(train_variant(args, recipe, GO_ON[variant], seed)[0])
@@ -337,12 +337,6 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
     seconds = next((entry["train_runtime"] for entry in reversed(facts["log"]) if "train_runtime" in entry), None)
     losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
     return model, {"steps": facts["steps"], "losses": losses, "seconds": seconds, "plan": facts["plan"]}
-
-
-def backbone_width(folder: str) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder).get_text_config().hidden_size
 
 
 def decoder_of(model: Path, folder: Path) -> str:

@@ -287,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     model.requires_grad_(False)
     if not reads_encoder_once(model) or model.config.pooling != "concat":
         raise ValueError("This needs one Contextual token and an embedding of both states (pooling concat).")
+    if label_args.short_instructions_file is not None or (label_args.label_factor, label_args.eos_factor) != (1, 1):
+        silent_channel(model)  # refuses a model whose states cannot change their length
 
     rng, held, limit = random.Random(args.seed), label_args.heldout_texts, label_args.max_characters
     data, _ = load_data(data_args, args)
@@ -296,8 +298,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows = list(load_rows(spec, data_args.data_dir, str(output / "data"), data_args.skip_bad_rows))
         rng.shuffle(rows)
         rows = [row | {"query": row["query"][:limit]} for row in rows]
-        asked = [row["query"] for row in rows[:held]]
-        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in asked)]
+        kept = [row["query"] for row in rows[:held]]
+        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in kept)]
         labelled[spec.name] = spec, rows[:held] + rest
     if min(len(texts), *(len(rows) for _, rows in labelled.values())) <= held:
         raise ValueError(
@@ -308,11 +310,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     files = (ROOT / "instructions.json", ROOT / "recipes" / "data" / "other_instructions.json")
     mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     asked = {instruction for spec in data.specs for instruction in spec.instructions}
-    short = []
-    if label_args.short_instructions_file is not None or label_args.label_factor != 1:
-        silent_channel(model)
-    if label_args.short_instructions_file is not None:
-        short = json.loads(Path(label_args.short_instructions_file).read_text(encoding="utf-8"))
+    short_file = label_args.short_instructions_file
+    short = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
     others = sorted({*mteb.values(), *made_up, *asked} - own - {*short})
     size = args.max_steps * args.world_size
 
@@ -338,11 +337,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             [collator([([row["query"] for row in part], spec.instructions[0], [], name)]) for part in parts],
             [row["positive"] for row in rows[:held]],
         )
-    parts = [texts[start : min(start + 32, held)] for start in range(0, held, 32)]
     for name, listed in (("documents", [None]), ("queries", others), ("short", short)):
         if listed:
-            asked = [listed[32 * place % len(listed)] for place in range(len(parts))]
-            heldout[name] = [collator([(part, *rest, [], None)]) for part, *rest in zip(parts, asked)], None
+            parts = [
+                (texts[start : min(start + 32, held)], listed[start % len(listed)], [], None)
+                for start in range(0, held, 32)
+            ]
+            heldout[name] = [collator([part]) for part in parts], None
     plain = [row["query"] for _, rows in labelled.values() for row in rows[held:]]
     plain = batches(texts[held:] + plain, others + short * 2)  # the short ones are fewer, and taught something new
     if args.dry_run:

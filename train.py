@@ -381,7 +381,8 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     """
     has_encoder = args.baseline not in WITHOUT_ENCODER
     encoder = args.encoder if has_encoder else None
-    if (args.decoder is None or (has_encoder and encoder is None)) if args.model is None else encoder or args.decoder:
+    backbones = [encoder, args.decoder] if has_encoder else [args.decoder]
+    if any(backbones) if args.model is not None else None in backbones:
         raise ValueError("Give either --model, or both --encoder and --decoder.")
     names = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
     names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
@@ -395,14 +396,18 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     else:
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.projector_identity is not None and encoder is not None:
-            encoder_config = AutoConfig.from_pretrained(encoder)
-            settings["projector_hidden_size"] = 2 * encoder_config.get_text_config().hidden_size
+            settings["projector_hidden_size"] = 2 * backbone_width(encoder)
         model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
             encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
         )
     if args.projector_identity is not None and model.projector is not None:
         start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
     return model
+
+
+def backbone_width(name: str) -> int:
+    """The hidden size of a backbone, from its configuration alone."""
+    return AutoConfig.from_pretrained(name).get_text_config().hidden_size
 
 
 @torch.no_grad()

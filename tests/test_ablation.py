@@ -104,9 +104,8 @@ def test_a_finished_run_is_not_run_again(study, results, monkeypatch, capsys):
     study("--study", "components", "tokens", "--seeds", 2, "--dry_run")
     told = capsys.readouterr().out
     assert told.startswith("6 runs to do") and "tokens_8, seed 43" in told
-    study(
-        "--recipe", results / "settings.json", "--study", "components", "--seeds", 2
-    )  # a study goes on without its own
+    # A study goes on without its recipe, by what its folder tells.
+    study("--recipe", results / "settings.json", "--study", "components", "--seeds", 2)
 
 
 def test_redraw(study, results):

@@ -5,7 +5,6 @@ import math
 import random
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -163,7 +162,7 @@ def test_a_model_without_encoder_is_stored_in_half_precision(make_model, tmp_pat
     model = make_model(baseline="last_token")
     model.save_pretrained(tmp_path / "model")
     bundle.store_half(tmp_path / "model")
-    stored = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
     assert stored and {tensor.dtype for tensor in stored.values()} == {torch.float16}
     read = type(model).from_pretrained(tmp_path / "model")
     assert read.dtype == torch.float32
