@@ -220,8 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tasks = select_tasks(args.tasks, args.data_dir)
     settings = study_settings(args, recipe, tasks)
-    for folder in (args.output, args.work):
-        check_settings(folder, settings)
+    check_settings((args.output, args.work), settings)
     for number, (variant, seed) in enumerate(todo, 1):
         log(f"[{number}/{len(todo)}] {variant}, seed {seed}")
         run_variant(args, recipe, tasks, variant, seed)
@@ -280,17 +279,19 @@ def study_settings(args: argparse.Namespace, recipe: dict, tasks: Sequence) -> d
     return without_machine_paths(settings)
 
 
-def check_settings(output: Path, settings: dict) -> None:
-    """Raises ValueError when a folder holds runs of another budget, other tasks or other data."""
-    file = output / "settings.json"
-    if file.exists():
+def check_settings(folders: Sequence[Path], settings: dict) -> None:
+    """Writes into folders what their runs have in common, unless one holds runs of another budget, which is a ValueError."""
+    files = [folder / "settings.json" for folder in folders]
+    for file in filter(Path.exists, files):
         found = read_json(file)
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             raise ValueError(
-                f"{output} holds runs with another {' and '.join(differing)}. Use other folders for --output and --work."
+                f"{file.parent} holds runs with another {' and '.join(differing)}. Use other folders for --output and "
+                "--work."
             )
-    write_json(file, settings)
+    for file in files:
+        write_json(file, settings)
 
 
 def result_file(output: Path, variant: str, seed: int) -> Path:

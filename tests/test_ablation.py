@@ -142,6 +142,7 @@ def test_another_budget_needs_another_folder(study, results):
         study("--study", "components", "--max_steps", 3)
     with pytest.raises(ValueError, match="work holds runs with another recipe"):
         study("--study", "components", "--max_steps", 3, "--output", study.folder / "elsewhere")
+    assert not (study.folder / "elsewhere").exists()
     with pytest.raises(ValueError, match="another tasks"):
         study("--study", "components", "--tasks", "STS16")
 
