@@ -168,44 +168,6 @@ class Causal2VecBackend:
         return described
 
 
-class LastTokenBackend(Causal2VecBackend):
-    """The same decoder without encoder and Contextual token: `[instruction] [text] [EOS]`, embedded by EOS's state."""
-
-    def __init__(self, model, max_length: int | None = None, normalize: bool = True):
-        super().__init__(model, max_length, normalize)
-        self.dim = model.config.hidden_size
-
-    def rows(self, texts: list[str], instruction: str | None, examples: list[dict] | None):
-        rows = super().rows(texts, instruction, examples)
-        is_text = ~self.model.find_slots(rows["input_ids"])  # of each row all but the slots
-        for key in ("encoder_ids", "encoder_attention_mask"):
-            rows.pop(key, None)
-        for key in ("input_ids", "attention_mask"):
-            rows[key] = rows[key][is_text].view(len(texts), -1)  # (batch, seq_len - num_slots)
-        return rows
-
-    def encode(self, texts: list[str], instruction: str | None, examples: list[dict] | None, batch_size: int, side):
-        import torch
-
-        decoder, vectors = self.model.decoder, torch.empty(len(texts), self.dim)
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for start in range(0, len(texts), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = self.rows([texts[i] for i in chosen], instruction, examples).to(decoder.device)
-            mask = rows["attention_mask"]
-            with torch.inference_mode():
-                hidden = decoder(
-                    input_ids=rows["input_ids"],
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    use_cache=False,
-                ).last_hidden_state  # (batch, seq_len, hidden_size)
-            last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)  # (batch,)
-            pooled = hidden[torch.arange(len(chosen), device=last.device), last].float()  # (batch, hidden_size)
-            vectors[chosen] = (torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled).cpu()
-        return vectors.numpy()
-
-
 class SentenceTransformerBackend:
     """Any model of sentence-transformers, as that library encodes."""
 
@@ -509,6 +471,21 @@ def code_identity() -> str:
     return digest.hexdigest()
 
 
+def decoder_alone(model):
+    """The decoder of a model without encoder and Contextual token, as baselines.py has it: weights are shared."""
+    from baselines import LastTokenModel
+    from configuration_causal2vec import Causal2VecConfig
+
+    kept = (
+        "decoder_config contextual_token_id prompt_head prompt_tail text_prefix query_instruction max_seq_length "
+        "icl_max_seq_length bidirectional"
+    )
+    config = Causal2VecConfig(baseline="last_token", **{name: getattr(model.config, name) for name in kept.split()})
+    alone = LastTokenModel(config, decoder=model.decoder)
+    alone.processor = alone.processor_class.from_config(config, model.processor.tokenizer, None)
+    return alone
+
+
 def load_backend(
     location: Location,
     dtype: str = "fp32",
@@ -529,8 +506,8 @@ def load_backend(
         from modeling_causal2vec import Causal2VecModel
 
         model = Causal2VecModel.from_pretrained(location.path, revision=location.commit or "main", **kwargs)
-        backend = LastTokenBackend if pooling == "last_token" else Causal2VecBackend
-        return backend(model.to(device).eval(), max_length, normalize)
+        model = decoder_alone(model) if pooling == "last_token" else model
+        return Causal2VecBackend(model.to(device).eval(), max_length, normalize)
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformerBackend(

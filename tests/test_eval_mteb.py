@@ -402,15 +402,12 @@ def test_last_token_pooling_is_the_decoder_alone(checkpoint, data_dir, tmp_path)
     tokenizer, limit = model.processor.tokenizer, model.config.max_seq_length
     head = tokenizer("Find it")["input_ids"]  # with BOS
     for text, vector in zip(texts, vectors):
-        ids = [*head, *tokenizer(text, add_special_tokens=False)["input_ids"]][: limit - 2] + [tokenizer.eos_token_id]
+        ids = [*head, *tokenizer(text, add_special_tokens=False)["input_ids"]][: limit - 1] + [tokenizer.eos_token_id]
         with torch.no_grad():
             state = model.decoder(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
         np.testing.assert_allclose(vector, torch.nn.functional.normalize(state, dim=-1), atol=1e-5)
     assert "<|contextual|>" not in backend.describe("hi", "Find it", None)["decoder"]
-    with torch.no_grad():
-        for parameter in [*model.encoder.parameters(), *model.projector.parameters()]:
-            parameter.zero_()
-    np.testing.assert_array_equal(backend.encode(texts, "Find it", None, 4, None), vectors)
+    assert model.encoder is None and model.projector is None
     assert encoder.mteb_model_meta.embed_dim == model.config.hidden_size
 
 

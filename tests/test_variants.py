@@ -232,7 +232,7 @@ class TestFolders:
 
     def test_evaluation_and_publishing(self, folders, name):
         pytest.importorskip("mteb")
-        from mteb_encoder import LastTokenBackend, load_backend, locate, model_meta
+        from mteb_encoder import Causal2VecBackend, decoder_alone, load_backend, locate, model_meta
         from push_to_hub import files_to_push, problems
 
         folder = folders(name)
@@ -240,7 +240,7 @@ class TestFolders:
         backend = load_backend(location, device="cpu")
         assert backend.dim == model_meta(location, backend).embed_dim == DIMS[name]
         assert backend.encode(TEXTS, INSTRUCTION, None, 4, None).shape == (len(TEXTS), DIMS[name])
-        alone = LastTokenBackend(backend.model).encode(TEXTS, INSTRUCTION, None, 4, None)
+        alone = Causal2VecBackend(decoder_alone(backend.model)).encode(TEXTS, INSTRUCTION, None, 4, None)
         assert alone.shape == (len(TEXTS), 32)
         if name == "last_token":
             assert np.abs(alone - backend.encode(TEXTS, INSTRUCTION, None, 4, None)).max() <= 1e-5
