@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         args.max_steps * args.world_size,
         args.seed,
     )
-    heldout = [collator([(texts[start : start + 32], None, [], start)]) for start in range(0, held, 32)]
+    heldout = [collator([(texts[start : min(start + 32, held)], None, [], start)]) for start in range(0, held, 32)]
     logger.info(
         "%d texts, %d held out; %d matrices trained; channel %d set to 0",
         len(texts) - held,
