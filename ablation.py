@@ -219,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mteb_tasks import select_tasks
 
     tasks = select_tasks(args.tasks, args.data_dir)
-    settings = study_settings(args, recipe, tasks)
-    check_settings((args.output, args.work), settings)
+    check_settings((args.output, args.work), study_settings(args, recipe, tasks))
     for number, (variant, seed) in enumerate(todo, 1):
         log(f"[{number}/{len(todo)}] {variant}, seed {seed}")
         run_variant(args, recipe, tasks, variant, seed)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eval_report import write_json
+
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +279,7 @@ def main() -> None:
             tokenizer = train_tokenizer(texts, args.vocab_size)
         write_tokens(texts, tokenizer, args, output)
         tokenizer.save_pretrained(output)
-        (output / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
+        write_json(output / "arguments.json", arguments)
         del texts
 
     import torch
