@@ -3,8 +3,9 @@
 Not part of the paper. Sentiment comes from the texts that VADER was made with (Hutto and Gilbert, 2014: tweets, and
 sentences of product reviews, film reviews and editorials, rated from -4 to 4 by twenty people each). They are in the
 source distribution of the package vaderSentiment, in additional_resources/hutto_ICWSM_2014.tar.gz. Reviews and editorials
-are used whole, too. Emotions are guessed: a sentence of these texts or of a corpus that has words of one emotion and of no
-other (recipes/data/emotion_words.json, after the tree of Shaver et al., 1987) is taken to express it.
+are used whole, too; of film reviews there are single sentences only, and some of them are joined. Emotions are guessed: a
+sentence of these texts or of a corpus that has words of one emotion and of no other (recipes/data/emotion_words.json, after
+the tree of Shaver et al., 1987) is taken to express it.
 
     python label_rows.py --vader_dir hutto_ICWSM_2014 --corpus_dir ../shared/data/corpus --shards novels nltk_texts \
         --output_dir runs/labels
@@ -30,9 +31,10 @@ LONGEST = 220  # characters of a sentence whose emotion is guessed
 RATED_FILES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 
 
-def rated_texts(folder: Path) -> Iterator[tuple[str, float]]:
+def rated_texts(folder: Path, joined: int, seed: int) -> Iterator[tuple[str, str]]:
     """
-    Texts and their mean ratings; sentences of one review or editorial (ids `3_1`, `3_2`, ...) also joined.
+    Texts and their sentiments; sentences of one review or editorial (ids `3_1`, `3_2`, ...) also joined, and sentences of
+    film reviews by [`joined_rows`].
 
     Raises:
         FileNotFoundError: a file is not in the folder.
@@ -48,16 +50,36 @@ def rated_texts(folder: Path) -> Iterator[tuple[str, float]]:
                     rows.append((key, float(rating), html.unescape(text).strip()))
                 except ValueError:
                     raise ValueError(f"{path}, line {number}: expected id, rating and text, got {line!r}.") from None
-        yield from ((text, rating) for _, rating, text in rows)
-        for _, review in groupby((row for row in rows if "_" in row[0]), lambda row: row[0].split("_")[0]):
-            _, ratings, texts = zip(*review)
-            if len(texts) > 1:
-                yield " ".join(texts), sum(ratings) / len(ratings)
+        yield from ((text, sentiment([rating])) for _, rating, text in rows)
+        if name == "movieReviewSnippets":
+            reviews = joined_rows(rows, joined, seed)
+        else:
+            parts = (row for row in rows if "_" in row[0])
+            reviews = (list(review) for _, review in groupby(parts, lambda row: row[0].split("_")[0]))
+        for review in reviews:
+            if len(review) > 1:
+                yield " ".join(text for *_, text in review), sentiment([rating for _, rating, _ in review])
 
 
-def sentiment(rating: float, neutral: float = 0.5) -> str:
-    """The label of a mean rating: neutral from `-neutral` to `neutral`."""
-    return SENTIMENTS[(rating >= -neutral) + (rating > neutral)]
+def joined_rows(rows: Sequence[tuple], count: int, seed: int) -> Iterator[list[tuple]]:
+    """
+    Draws `count` lists of 3 to 16 of the rows of id, rating and text. Each row of a list is with a probability of two thirds
+    of the list's own sentiment, else any; a row may come twice.
+    """
+    rng = random.Random(seed)
+    pools = {label: [row for row in rows if sentiment([row[1]]) == label] for label in SENTIMENTS}
+    for _ in range(count):
+        own = pools[rng.choice(SENTIMENTS)] or rows
+        yield [rng.choice(own if rng.random() < 2 / 3 else rows) for _ in range(rng.randint(3, 16))]
+
+
+def sentiment(ratings: Sequence[float], neutral: float = 0.5) -> str:
+    """
+    The label of a text whose sentences have these ratings: neutral where their mean is from `-neutral` to `neutral`, both
+    over the root of their number, as means of many ratings are nearer to each other.
+    """
+    mean, neutral = sum(ratings) / len(ratings), neutral / len(ratings) ** 0.5
+    return SENTIMENTS[(mean >= -neutral) + (mean > neutral)]
 
 
 def sentences(documents: Iterable[str], shortest: int = 20, longest: int = LONGEST) -> Iterator[str]:
@@ -93,15 +115,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="gets emotion.jsonl.gz and sentiment.jsonl.gz")
     parser.add_argument("--rows_per_word", type=int, default=25, help="sentences for an emotion's word and a source")
     parser.add_argument("--shortest", type=int, default=20, help="letters and digits of a text at least (default: 20)")
+    parser.add_argument(
+        "--joined", type=int, default=2_000, help="texts to join from sentences on films (default: 2000)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the choice of sentences (default: 42)")
     args = parser.parse_args(argv)
 
-    rated = {text: rating for text, rating in rated_texts(args.vader_dir) if length(text) >= args.shortest}
+    rated = dict(rated_texts(args.vader_dir, args.joined, args.seed))
+    rated = {text: label for text, label in rated.items() if length(text) >= args.shortest}
     words = json.loads((ROOT / "recipes" / "data" / "emotion_words.json").read_text(encoding="utf-8"))
     sources = [[text for text in rated if len(text) <= LONGEST]]
     sources += [sentences(read_documents(path)) for path in corpus_files(args.corpus_dir, args.shards)]
     labelled = {
-        "sentiment": [(text, sentiment(rating)) for text, rating in rated.items()],
+        "sentiment": list(rated.items()),
         "emotion": [
             row
             for texts in sources

@@ -38,9 +38,19 @@ from bag_of_words import (
     lengthen_eos,
     silent_channel,
 )
-from data import load_rows, read_data_file
+from data import DatasetSpec, load_rows, read_data_file
 from modeling_causal2vec import Causal2VecModel
-from train import MarkComplete, find_checkpoint, last_norm, load_data, load_model, parse, plot, reads_encoder_once
+from train import (
+    DataArguments,
+    MarkComplete,
+    find_checkpoint,
+    last_norm,
+    load_data,
+    load_model,
+    parse,
+    plot,
+    reads_encoder_once,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -108,9 +118,13 @@ class LabelTeacher:
         vectors = F.normalize(vectors.float(), dim=-1)
         return torch.cat([vectors, torch.ones(len(vectors), 1)], dim=-1)
 
+    def scores(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(rows, num_labels)`."""
+        return self._inputs(vectors) @ self.coefficients
+
     def probabilities(self, vectors: torch.Tensor) -> torch.Tensor:
         """Shape `(rows, num_labels)`."""
-        return (self._inputs(vectors) @ self.coefficients).softmax(-1)
+        return self.scores(vectors).softmax(-1)
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Targets of shape `(rows, hidden_size)` and length 1."""
@@ -141,23 +155,33 @@ def label_directions(model: Causal2VecModel, labels: Sequence[str]) -> torch.Ten
 
 
 @torch.no_grad()
-def look_at_contextual_token(model: Causal2VecModel, head: int, texts: Sequence[str]) -> None:
+def look_at_contextual_token(model: Causal2VecModel, head: int, vectors: torch.Tensor, scores: torch.Tensor) -> None:
     """
-    Turns EOS's query in one head of the decoder's first layer to the key that the Contextual tokens of `texts` have in the
-    mean, in the channels of the rotary embedding that distance hardly turns: three eighths. Queries of other tokens change
-    as far as their embeddings are like EOS's. What the head hands on starts at 0, and so does what its values make of the
-    channel that bag_of_words.py keeps silent, which outweighs all else in the Contextual token.
+    Makes EOS look at the Contextual token in one head of the decoder's first layer. The key of the mean token becomes three
+    times as long, before the norm of keys where there is one, in the three sixteenths of its channels that rotary positions
+    turn least; or the many keys of a long text would outweigh it. EOS's query becomes that key there and 0 elsewhere. Values
+    tell `scores` as far as these are linear in the token, as uncorrelated sums of equal variance, at most half as many as a
+    head has channels, in the directions that the group's other heads read least, which no longer read them. Values no longer
+    read the silent channel of bag_of_words.py, which outweighs all else in the token. What the head hands on starts at 0.
+    Keys and values are the group's, so its other heads see both change; the keys and queries of other tokens change as far
+    as they are like the Contextual token and EOS.
+
+    Args:
+        vectors (`(rows, encoder_hidden_size)`): The encoder's vectors of texts.
+        scores (`(rows, num_scores)`): What is to be told of them.
 
     Raises:
-        ValueError: attention is not laid out as transformers' models with rotary embeddings have it, or has fewer heads.
+        ValueError: attention is not laid out as transformers' models with rotary embeddings have it, or has fewer heads,
+            or the last norm has no gains.
     """
     layer = model.decoder.layers[0]
     attention = getattr(layer, "self_attn", None)
     parts = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
-    if None in parts or not hasattr(layer, "input_layernorm"):
+    gains = last_norm(model.decoder)
+    if None in parts or gains is None or not hasattr(layer, "input_layernorm"):
         raise ValueError(
-            "This needs a decoder whose layers have input_layernorm and self_attn with q_proj, k_proj, v_proj and o_proj; "
-            f"got {type(model.decoder).__name__}."
+            "This needs a decoder whose layers have input_layernorm and self_attn with q_proj, k_proj, v_proj and o_proj, "
+            f"and a last norm with gains; got {type(model.decoder).__name__}."
         )
     queries, keys, values, output = (part.weight for part in parts)
     size = attention.head_dim
@@ -165,19 +189,34 @@ def look_at_contextual_token(model: Causal2VecModel, head: int, texts: Sequence[
     if not 0 <= head < heads:
         raise ValueError(f"--head must be one of the {heads} heads of a layer, from 0; got {head}.")
     own, group = (slice(place * size, (place + 1) * size) for place in (head, head // shared))
+    sharing = slice(group.start * shared, group.stop * shared)
 
     eos = layer.input_layernorm(model.get_input_embeddings().weight[model.processor.tokenizer.eos_token_id])
-    tokens = layer.input_layernorm(
-        model.project(encoder_vectors(model, texts).to(model.device))
-    )  # (texts, hidden_size)
-    normalise = getattr(attention, "k_norm", torch.nn.Identity())
-    key = normalise((keys[group] @ tokens.mean(0))[None])[0]  # (head_dim,)
-    slow = torch.arange(size, device=key.device) % (size // 2) >= size * 5 // 16
-    query = torch.where(slow, key / getattr(getattr(attention, "q_norm", None), "weight", torch.ones_like(key)), 0)
+    tokens = layer.input_layernorm(model.project(vectors.to(model.device)))  # (rows, hidden_size)
+    token = tokens.mean(0)
+    slow = torch.arange(size, device=token.device) % (size // 2) >= size * 13 // 32
+    key = torch.where(slow, keys[group] @ token, 0)  # (head_dim,)
+    keys[group] += torch.outer(2 * key, token) / token.square().sum()
+    query = key
+    for norm in ("k_norm", "q_norm"):  # their gains, where the decoder has them
+        query = query * getattr(getattr(attention, norm, None), "weight", 1)
     query = query * size**0.5 / query.norm()
     queries[own] += torch.outer(query - queries[own] @ eos, eos) / eos.square().sum()
-    values[group, last_norm(model.decoder) == 0] = 0
+
+    silent = gains == 0
+    tokens = torch.where(silent, 0, tokens - token)
+    reads = torch.linalg.pinv(tokens) @ scores.to(tokens)  # (hidden_size, num_scores)
+    _, spread, right = torch.linalg.svd(tokens @ reads, full_matrices=False)
+    count = min(int((spread > 1e-3 * spread[0]).sum()), size // 2)
+    reads = reads @ right[:count].T / spread[:count] * len(tokens) ** 0.5  # of variance 1 and uncorrelated
     output[:, own] = 0
+    used = output[:, sharing].unflatten(1, (shared, size)).flatten(0, 1)  # (hidden_size * shared, head_dim)
+    unused = torch.linalg.svd(used, full_matrices=False).Vh[-count:]  # (count, head_dim)
+    kept = torch.eye(size).to(unused) - unused.T @ unused
+    output[:, sharing] = (output[:, sharing].unflatten(1, (shared, size)) @ kept).flatten(1)
+    length = values[group].norm(dim=-1).mean()  # about the spread of a value, as tokens are of length 1 per channel
+    values[group] = kept @ values[group] + length * unused.T @ reads.T
+    values[group, silent] = 0
 
 
 class LabelBatches(torch.utils.data.Dataset):
@@ -219,8 +258,8 @@ class LabelCollator:
 
 class LabelTrainer(HeldoutTrainer):
     """
-    Trainer whose loss is, of each of the two states, the squared distance from what it should be, in squares of the length
-    that EOS's states have in the mean, and a part of 1 less their cosine.
+    Trainer whose loss is, for each of the two states, its squared distance from what it should be, over the mean length of
+    that and the mean length that EOS's states had, and 0.3 times 1 less their cosine.
     """
 
     def __init__(self, *args, before: Causal2VecModel, teachers: dict[str, LabelTeacher], **kwargs):
@@ -245,7 +284,8 @@ class LabelTrainer(HeldoutTrainer):
         loss = 0
         for state, wanted in ((contextual, kept), (eos, target)):
             cosine = F.cosine_similarity(state, wanted, dim=-1).mean()
-            loss = loss + (state - wanted).square().sum(-1).mean() / length**2 + 0.3 * (1 - cosine)
+            distance = (state - wanted).square().sum(-1).mean() / (length * wanted.norm(dim=-1).mean())
+            loss = loss + distance + 0.3 * (1 - cosine)
         metrics = {"eos": eos, "cosine": cosine, "length": eos.norm(dim=-1).mean() / target.norm(dim=-1).mean()}
         return (loss, metrics) if return_outputs else loss
 
@@ -268,13 +308,33 @@ class LabelTrainer(HeldoutTrainer):
         return metrics | {"score": sum(cosines) / len(cosines)}
 
 
+def read_labelled(
+    args: LabelArguments, data_args: DataArguments, cache_dir: Path, seed: int
+) -> dict[str, tuple[DatasetSpec, list[dict]]]:
+    """
+    Each dataset of the labels file by its name, with its rows, shuffled and their texts cut. The first `heldout_texts` rows
+    are held out: no text of the others has one of theirs in it, or is part of one. Texts joined from the same sentences may
+    be on both sides.
+    """
+    rng, held = random.Random(seed), args.heldout_texts
+    labelled = {}
+    for spec in read_data_file(args.labels_file):
+        rows = list(load_rows(spec, data_args.data_dir, str(cache_dir), data_args.skip_bad_rows))
+        rng.shuffle(rows)
+        rows = [row | {"query": row["query"][: args.max_characters]} for row in rows]
+        kept = [row["query"] for row in rows[:held]]
+        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in kept)]
+        labelled[spec.name] = spec, rows[:held] + rest
+    return labelled
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """
     Runs the training; returns the folder of the model.
 
     Raises:
-        ValueError: the model has no Contextual token or no EOS half, too little is left to train on, or an argument of
-            train.py is missing or wrong.
+        ValueError: the model has no Contextual token or no EOS half, too little or only one label is left to train on, or
+            an argument is missing or wrong.
     """
     model_args, data_args, args, label_args = parse(sys.argv[1:] if argv is None else list(argv), LabelArguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -287,20 +347,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     model.requires_grad_(False)
     if not reads_encoder_once(model) or model.config.pooling != "concat":
         raise ValueError("This needs one Contextual token and an embedding of both states (pooling concat).")
+    if min(label_args.label_factor, label_args.short_factor, label_args.eos_factor) <= 0:
+        raise ValueError(
+            "--label_factor, --short_factor and --eos_factor must be above 0: the loss is in these lengths."
+        )
     if label_args.short_instructions_file is not None or (label_args.label_factor, label_args.eos_factor) != (1, 1):
         silent_channel(model)  # refuses a model whose states cannot change their length
 
-    rng, held, limit = random.Random(args.seed), label_args.heldout_texts, label_args.max_characters
+    held = label_args.heldout_texts
     data, _ = load_data(data_args, args)
-    texts = choose_texts(data.rows, label_args.texts_per_dataset, limit, args.seed)
-    labelled = {}
-    for spec in read_data_file(label_args.labels_file):
-        rows = list(load_rows(spec, data_args.data_dir, str(output / "data"), data_args.skip_bad_rows))
-        rng.shuffle(rows)
-        rows = [row | {"query": row["query"][:limit]} for row in rows]
-        kept = [row["query"] for row in rows[:held]]
-        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in kept)]
-        labelled[spec.name] = spec, rows[:held] + rest
+    texts = choose_texts(data.rows, label_args.texts_per_dataset, label_args.max_characters, args.seed)
+    labelled = read_labelled(label_args, data_args, output / "data", args.seed)
     if min(len(texts), *(len(rows) for _, rows in labelled.values())) <= held:
         raise ValueError(
             f"--heldout_texts {held} leaves nothing to train on: there are {len(texts)} texts, and "
@@ -311,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     asked = {instruction for spec in data.specs for instruction in spec.instructions}
     short_file = label_args.short_instructions_file
-    short = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
+    listed = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
+    short = [instruction for instruction in listed if instruction not in own]
     others = sorted({*mteb.values(), *made_up, *asked} - own - {*short})
     size = args.max_steps * args.world_size
 
@@ -320,16 +378,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         return WordBatches(texts, lengths, instructions, label_args.tokens_per_batch, size, args.seed)
 
     factors = dict.fromkeys(short, label_args.short_factor) | dict.fromkeys(own, label_args.label_factor)
-    collator, teachers, drawn, heldout = LabelCollator(model, factors), {}, {}, {}
+    collator, teachers, vectors, drawn, heldout = LabelCollator(model, factors), {}, [], {}, {}
     for name, (spec, rows) in labelled.items():
         fitted = rows[held:][: label_args.fitted_rows]
         labels = [row["positive"] for row in fitted]
         logger.info("%s: fitting %s", name, dict(Counter(labels)))
-        teachers[name] = LabelTeacher(
-            encoder_vectors(model, [row["query"] for row in fitted]),
-            labels,
-            label_directions(model, sorted(set(labels))),
-        )
+        if len(set(labels)) < 2:
+            raise ValueError(f"{name}: expected rows of two labels or more, got {sorted(set(labels))}.")
+        vectors.append(encoder_vectors(model, [row["query"] for row in fitted]))
+        teachers[name] = LabelTeacher(vectors[-1], labels, label_directions(model, sorted(set(labels))))
         here = [row["query"] for row in rows[held:]]
         drawn[name] = batches(here + texts[held:][: len(here)], spec.instructions), rows[held:]
         parts = [rows[start : min(start + 32, held)] for start in range(0, held, 32)]
@@ -345,14 +402,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
             ]
             heldout[name] = [collator([part]) for part in parts], None
     plain = [row["query"] for _, rows in labelled.values() for row in rows[held:]]
-    plain = batches(texts[held:] + plain, others + short * 2)  # the short ones are fewer, and taught something new
+    plain = batches(texts[held:] + plain, others + short)
     if args.dry_run:
         return output / "model"
 
     if label_args.eos_factor != 1:
         lengthen_eos(model, label_args.eos_factor)
     before = copy.deepcopy(model).eval()  # what other vectors are kept at
-    look_at_contextual_token(model, label_args.head, texts[:32])
+    vectors = torch.cat(vectors)
+    scores = torch.cat([teacher.scores(vectors) for teacher in teachers.values()], dim=-1)
+    look_at_contextual_token(model, label_args.head, vectors, scores)
     trainer = LabelTrainer(
         model=model,
         args=args,

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_eos_learns_labels_and_keeps_the_rest(run, tmp_path):
     before.save_pretrained(tmp_path / "start")
     (tmp_path / "short.json").write_text(json.dumps(["group"]))
     start = {"model": str(tmp_path / "start"), "encoder": None, "decoder": None, "projector_identity": None}
-    short = {"short_instructions_file": str(tmp_path / "short.json"), "short_factor": 0.5}
+    short = {"short_instructions_file": str(tmp_path / "short.json"), "short_factor": 0.25}
     folder = run(tmp_path / "labelled", max_steps=300, learning_rate=1e-2, **start, **short)
     facts = json.loads((tmp_path / "labelled" / "labels.json").read_text())
     assert facts["heldout"]["opinions"] > 0.9 and facts["fit"]["opinions"] > 0.9
@@ -143,19 +144,19 @@ def test_how_long_eos_states_are_to_be(make_model, tmp_path):
     assert abs(told("find")[0]) < 1e-5 and told("find")[2] == 1
     loss, outputs, factor = told("group")
     lengths = outputs["eos"].norm(dim=-1)
-    torch.testing.assert_close(loss, 0.25 * lengths.square().mean() / lengths.mean() ** 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(loss, 0.5 * lengths.square().mean() / lengths.mean() ** 2, rtol=0, atol=1e-4)
     assert factor == 0.5 and abs(outputs["length"] - 2) < 1e-4
     loss, outputs, factor = told(INSTRUCTION, "opinions")
     assert loss > 1 and factor == 2 and abs(outputs["length"] - 0.5) < 1e-4
 
 
-def test_a_head_looks_at_the_contextual_token(run, make_model):
+def test_a_head_looks_at_the_contextual_token(make_model):
     model = make_model("qwen3").eval().requires_grad_(False)
     model.decoder.set_attn_implementation("eager")
+    model.decoder.norm.weight[3] = 0  # the silent channel
     weights = []
     model.decoder.layers[0].self_attn.register_forward_hook(lambda *call: weights.append(call[2][1]))
-    texts = ["How much protein should a female eat?", "hi"]
-    batch = model.processor(texts[0], "find")
+    batch = model.processor("How much protein should a female eat?", "find")
     token = model.project(model.get_encoder_embedding(batch.pop("encoder_ids"), batch.pop("encoder_attention_mask")))
     slots = model.find_slots(batch["input_ids"])
 
@@ -163,16 +164,35 @@ def test_a_head_looks_at_the_contextual_token(run, make_model):
         model(**batch, contextual_token=token, share_heads=False)
         return weights.pop()[:, 1, -1][slots].item()
 
-    before = attended()
-    labels.look_at_contextual_token(model, 1, texts)
-    assert attended() > 2 * before
-    size = model.decoder.layers[0].self_attn.head_dim
-    assert not model.decoder.layers[0].self_attn.o_proj.weight[:, size : 2 * size].any()
+    torch.manual_seed(0)
+    layer, attention = model.decoder.layers[0], model.decoder.layers[0].self_attn
+    size, vectors = attention.head_dim, torch.randn(200, model.encoder.config.hidden_size)
+    scores = vectors @ torch.randn(vectors.shape[-1], 2)
+    tokens = layer.input_layernorm(model.project(vectors))
+    heard = tokens * (model.decoder.norm.weight != 0)
+
+    def untold(inputs):  # share of the scores' variance that is not linear in the inputs
+        inputs, wanted = (x - x.mean(0) for x in (inputs, scores))
+        rest = wanted - inputs @ torch.linalg.pinv(inputs) @ wanted
+        return (rest.square().sum() / wanted.square().sum()).item()
+
+    def values():
+        return attention.v_proj(tokens)[:, :size]
+
+    before = attended(), untold(values())
+    key, other = attention.k_proj(tokens.mean(0))[:size], attention.o_proj.weight[:, :size].clone()
+    labels.look_at_contextual_token(model, 1, vectors, scores)
+    assert attended() > 2 * before[0] and abs(untold(values()) - untold(heard)) < 1e-3 < before[1] - untold(heard)
+    slow = torch.arange(size) % (size // 2) == size // 2 - 1  # the slowest quarter of so few channels
+    torch.testing.assert_close(attention.k_proj(tokens.mean(0))[:size], torch.where(slow, 3 * key, key))
+    assert not attention.v_proj.weight[:size, 3].any() and not attention.o_proj.weight[:, size : 2 * size].any()
+    lost = (other - attention.o_proj.weight[:, :size]).norm()  # the two directions that the other head used least
+    torch.testing.assert_close(lost, torch.linalg.svdvals(other)[-2:].norm(), rtol=1e-3, atol=1e-5)
     for head, told in ((-1, "got -1"), (99, "got 99")):
         with pytest.raises(ValueError, match=told):
-            labels.look_at_contextual_token(model, head, texts)
+            labels.look_at_contextual_token(model, head, vectors, scores)
     with pytest.raises(ValueError, match="GPTNeoX"):
-        labels.look_at_contextual_token(make_model("gpt_neox"), 1, texts)
+        labels.look_at_contextual_token(make_model("gpt_neox"), 1, vectors, scores)
 
 
 def test_an_interrupted_run_resumes(run, check_resuming):
@@ -191,11 +211,37 @@ def test_an_interrupted_run_resumes(run, check_resuming):
         ({"short_instructions_file": "short.json"}, "one gain of 0"),
         ({"label_factor": 2.0}, "one gain of 0"),
         ({"head": 99}, "--head must be one of"),
+        ({"label_factor": 0.0}, "--label_factor, --short_factor and --eos_factor must be above 0"),
     ],
 )
 def test_what_cannot_be(run, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "refused", **changes)
+
+
+def test_labelled_rows_held_out(tmp_path):
+    texts = [f"text {number}" for number in range(40)] + [f"text {number} and more" for number in range(0, 40, 2)]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"query": text, "positive": "yes"}) + "\n" for text in texts)
+    )
+    spec = {"name": "rows", "path": "rows.jsonl", "instructions": [INSTRUCTION]}
+    (tmp_path / "labels.json").write_text(json.dumps([spec]))
+    label_args = labels.LabelArguments(labels_file=str(tmp_path / "labels.json"), heldout_texts=8, max_characters=10)
+    data_args = train.DataArguments(data_file="", data_dir=str(tmp_path))
+    ((_, rows),) = labels.read_labelled(label_args, data_args, tmp_path, seed=0).values()
+    kept, rest = ([row["query"] for row in part] for part in (rows[:8], rows[8:]))
+    assert max(map(len, kept + rest)) == 10 and len(rest) > 20
+    assert not any(one in other or other in one for one in kept for other in rest)
+
+
+def test_one_label_is_none(run, tmp_path):
+    (tmp_path / "one.jsonl").write_text(
+        "".join(json.dumps({"query": f"cats {i}", "positive": "yes"}) + "\n" for i in range(60))
+    )
+    spec = {"name": "one", "path": str(tmp_path / "one.jsonl"), "instructions": [INSTRUCTION]}
+    (tmp_path / "labels.json").write_text(json.dumps([spec]))
+    with pytest.raises(ValueError, match="one: expected rows of two labels or more, got \\['yes'\\]"):
+        run(tmp_path / "refused", labels_file=str(tmp_path / "labels.json"))
 
 
 def test_the_bundled_model_hears_how_a_text_feels(bundled_model):
@@ -234,18 +280,24 @@ RATED = {
 
 def test_rows_of_rated_texts(tmp_path):
     with pytest.raises(FileNotFoundError, match="tweets_GroundTruth"):
-        list(label_rows.rated_texts(tmp_path))
+        list(label_rows.rated_texts(tmp_path, joined=0, seed=0))
     for name, lines in RATED.items():
         (tmp_path / f"{name}_GroundTruth.txt").write_text(lines, encoding="latin-1")
-    rated = dict(label_rows.rated_texts(tmp_path))
-    assert rated["So good! & kind"] == 2.5
-    assert rated["A fine camera The strap broke at once"] == 1.0  # a whole review, the mean of its sentences
+    rated = dict(label_rows.rated_texts(tmp_path, joined=0, seed=0))
+    assert rated["So good! & kind"] == "positive"
+    assert rated["A fine camera The strap broke at once"] == "positive"  # a whole review, by the mean of its sentences
     assert len(rated) == 9
-    assert [label_rows.sentiment(rating) for rating in (-4, -0.6, -0.5, 0, 0.5, 0.6)] == [
+    more = dict(label_rows.rated_texts(tmp_path, joined=20, seed=0))
+    joined = {text: more[text] for text in more.keys() - rated.keys()}
+    assert 3 <= len(joined) <= 14 and set(joined.values()) == {"negative"}
+    assert all(text.replace("A film to forget", "").isspace() for text in joined)
+    assert [label_rows.sentiment([rating]) for rating in (-4, -0.6, -0.5, 0, 0.5, 0.6)] == [
         *["negative"] * 2,
         *["neutral"] * 3,
         "positive",
     ]
+    assert [label_rows.sentiment([1, rating]) for rating in (-2, -1.5, -0.5)] == ["negative", "neutral", "neutral"]
+    assert label_rows.sentiment([1, 0, 0, 0.1]) == "positive"  # 0.275, where a single sentence would be neutral
     (tmp_path / "corpus.txt").write_text(
         'He was furious. She smiled at him. "I am afraid," he said, "and I am glad."\n'
     )
@@ -259,7 +311,16 @@ def test_rows_of_rated_texts(tmp_path):
     assert {"query": "This is awful", "positive": "negative", "negatives": ["neutral", "positive"]} in rows
     (tmp_path / "tweets_GroundTruth.txt").write_text("1 no tabs\n")
     with pytest.raises(ValueError, match="tweets_GroundTruth.txt, line 1"):
-        list(label_rows.rated_texts(tmp_path))
+        list(label_rows.rated_texts(tmp_path, joined=0, seed=0))
+
+
+def test_joined_rows_lean_to_one_sentiment():
+    rows = [(str(number), rating, f"text {number}") for number, rating in enumerate([3.0, -3.0, 0.0] * 20)]
+    lists = list(label_rows.joined_rows(rows, 200, seed=0))
+    assert len(lists) == 200 and {len(found) for found in lists} == set(range(3, 17))
+    most = [Counter(label_rows.sentiment([rating]) for _, rating, _ in found).most_common(1)[0] for found in lists]
+    assert {label for label, _ in most} == set(label_rows.SENTIMENTS)
+    assert sum(count for _, count in most) > 0.7 * sum(map(len, lists))
 
 
 def test_texts_with_one_emotion():
