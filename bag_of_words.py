@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments, set_seed
 
 from card import without_machine_paths
+from eval_report import write_json
 from modeling_causal2vec import Causal2VecModel
 from train import (
     MarkComplete,
@@ -422,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             **balance(model, texts[:held], channel, word_args.final_identity, word_args.eos_norm),
             "log": trainer.state.log_history,
         }
-        (output / "words.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(output / "words.json", facts)
         plot(trainer.state.log_history, output / "words.png")
         model.save_pretrained(output / "model")
     return output / "model"

@@ -39,6 +39,7 @@ from bag_of_words import (
     silent_channel,
 )
 from data import DatasetSpec, load_rows, read_data_file
+from eval_report import write_json
 from modeling_causal2vec import Causal2VecModel
 from train import (
     DataArguments,
@@ -328,6 +329,66 @@ def read_labelled(
     return labelled
 
 
+def read_instructions(
+    args: LabelArguments, specs: Sequence[DatasetSpec], labelled: dict[str, tuple[DatasetSpec, list[dict]]]
+) -> tuple[set[str], list[str], list[str]]:
+    """The labels' instructions, those under which EOS's states become shorter, and the others: of MTEB, `specs`, made up."""
+    own = {instruction for spec, _ in labelled.values() for instruction in spec.instructions}
+    short_file = args.short_instructions_file
+    short = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
+    short = [instruction for instruction in short if instruction not in own]
+    files = (ROOT / "instructions.json", ROOT / "recipes" / "data" / "other_instructions.json")
+    mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    asked = {instruction for spec in specs for instruction in spec.instructions}
+    return own, short, sorted({*mteb.values(), *made_up, *asked} - own - {*short})
+
+
+def fit_teachers(
+    model: Causal2VecModel, labelled: dict[str, tuple[DatasetSpec, list[dict]]], held: int, fitted_rows: int
+) -> tuple[dict[str, LabelTeacher], torch.Tensor]:
+    """
+    A teacher for each dataset, and the encoder's vectors that they were fitted to, `(rows, encoder_hidden_size)`.
+
+    Raises:
+        ValueError: the rows of a dataset have one label.
+    """
+    teachers, vectors = {}, []
+    for name, (_, rows) in labelled.items():
+        fitted = rows[held:][:fitted_rows]
+        labels = [row["positive"] for row in fitted]
+        logger.info("%s: fitting %s", name, dict(Counter(labels)))
+        if len(set(labels)) < 2:
+            raise ValueError(f"{name}: expected rows of two labels or more, got {sorted(set(labels))}.")
+        vectors.append(encoder_vectors(model, [row["query"] for row in fitted]))
+        teachers[name] = LabelTeacher(vectors[-1], labels, label_directions(model, sorted(set(labels))))
+    return teachers, torch.cat(vectors)
+
+
+def heldout_batches(
+    collator: LabelCollator,
+    texts: list[str],
+    labelled: dict[str, tuple[DatasetSpec, list[dict]]],
+    instructions: dict[str, list[str | None]],
+    size: int = 32,
+) -> dict[str, tuple[list[dict], list[str] | None]]:
+    """
+    What [`LabelTrainer`] measures itself on: of each dataset as many first rows as there are texts, with their labels; and
+    the texts under some of the `instructions` of each name.
+    """
+    starts = range(0, len(texts), size)
+    heldout = {}
+    for name, (spec, rows) in labelled.items():
+        rows = rows[: len(texts)]
+        queries = [[row["query"] for row in rows[start : start + size]] for start in starts]
+        batches = [collator([(part, spec.instructions[0], [], name)]) for part in queries]
+        heldout[name] = batches, [row["positive"] for row in rows]
+    for name, listed in instructions.items():
+        if listed:
+            parts = [(texts[start : start + size], listed[start % len(listed)], [], None) for start in starts]
+            heldout[name] = [collator([part]) for part in parts], None
+    return heldout
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """
     Runs the training; returns the folder of the model.
@@ -363,44 +424,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"--heldout_texts {held} leaves nothing to train on: there are {len(texts)} texts, and "
             f"{ {name: len(rows) for name, (_, rows) in labelled.items()} } labelled rows."
         )
-    own = {instruction for spec, _ in labelled.values() for instruction in spec.instructions}
-    files = (ROOT / "instructions.json", ROOT / "recipes" / "data" / "other_instructions.json")
-    mteb, made_up = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    asked = {instruction for spec in data.specs for instruction in spec.instructions}
-    short_file = label_args.short_instructions_file
-    listed = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
-    short = [instruction for instruction in listed if instruction not in own]
-    others = sorted({*mteb.values(), *made_up, *asked} - own - {*short})
+    own, short, others = read_instructions(label_args, data.specs, labelled)
+    factors = dict.fromkeys(short, label_args.short_factor) | dict.fromkeys(own, label_args.label_factor)
+    collator = LabelCollator(model, factors)
+    teachers, vectors = fit_teachers(model, labelled, held, label_args.fitted_rows)
+    heldout = heldout_batches(
+        collator, texts[:held], labelled, {"documents": [None], "queries": others, "short": short}
+    )
     size = args.max_steps * args.world_size
 
     def batches(texts: list[str], instructions: list[str]) -> WordBatches:
         lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
         return WordBatches(texts, lengths, instructions, label_args.tokens_per_batch, size, args.seed)
 
-    factors = dict.fromkeys(short, label_args.short_factor) | dict.fromkeys(own, label_args.label_factor)
-    collator, teachers, vectors, drawn, heldout = LabelCollator(model, factors), {}, [], {}, {}
+    drawn = {}
     for name, (spec, rows) in labelled.items():
-        fitted = rows[held:][: label_args.fitted_rows]
-        labels = [row["positive"] for row in fitted]
-        logger.info("%s: fitting %s", name, dict(Counter(labels)))
-        if len(set(labels)) < 2:
-            raise ValueError(f"{name}: expected rows of two labels or more, got {sorted(set(labels))}.")
-        vectors.append(encoder_vectors(model, [row["query"] for row in fitted]))
-        teachers[name] = LabelTeacher(vectors[-1], labels, label_directions(model, sorted(set(labels))))
         here = [row["query"] for row in rows[held:]]
         drawn[name] = batches(here + texts[held:][: len(here)], spec.instructions), rows[held:]
-        parts = [rows[start : min(start + 32, held)] for start in range(0, held, 32)]
-        heldout[name] = (
-            [collator([([row["query"] for row in part], spec.instructions[0], [], name)]) for part in parts],
-            [row["positive"] for row in rows[:held]],
-        )
-    for name, listed in (("documents", [None]), ("queries", others), ("short", short)):
-        if listed:
-            parts = [
-                (texts[start : min(start + 32, held)], listed[start % len(listed)], [], None)
-                for start in range(0, held, 32)
-            ]
-            heldout[name] = [collator([part]) for part in parts], None
     plain = [row["query"] for _, rows in labelled.values() for row in rows[held:]]
     plain = batches(texts[held:] + plain, others + short)
     if args.dry_run:
@@ -409,7 +449,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if label_args.eos_factor != 1:
         lengthen_eos(model, label_args.eos_factor)
     before = copy.deepcopy(model).eval()  # what other vectors are kept at
-    vectors = torch.cat(vectors)
     scores = torch.cat([teacher.scores(vectors) for teacher in teachers.values()], dim=-1)
     look_at_contextual_token(model, label_args.head, vectors, scores)
     trainer = LabelTrainer(
@@ -437,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "fit": {name: accuracy(model, teachers[name], rows[:held]) for name, (_, rows) in labelled.items()},
             "log": trainer.state.log_history,
         }
-        (output / "labels.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(output / "labels.json", facts)
         plot(trainer.state.log_history, output / "labels.png")
         model.save_pretrained(output / "model")
     return output / "model"

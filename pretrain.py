@@ -365,7 +365,7 @@ def main() -> None:
         "samples": samples(trainer.model, tokenizer, heldout),
         "log": trainer.state.log_history,
     }
-    (output / "pretrain.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(output / "pretrain.json", facts)
     logger.info("held-out perplexity %.1f after %d tokens", facts["heldout_perplexity"], facts["tokens_seen"])
 
 

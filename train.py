@@ -42,6 +42,7 @@ from data import (
     read_data_file,
     stream_rows,
 )
+from eval_report import write_json
 from losses import InfoNCE, gradcache_backward, similarity_distillation, split_by_length
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE
@@ -733,7 +734,7 @@ def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),
         "log": log,
     }
-    (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "training.json", facts)
     plot(log, output / "training.png")
 
     model = trainer.accelerator.unwrap_model(trainer.model)
