@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,14 @@ class LabelArguments:
         default=8_000, metadata={"help": "Rows of each labelled dataset that probabilities are fitted to, at most."}
     )
     heldout_texts: int = field(default=256, metadata={"help": "Rows or texts to hold out, of each kind."})
+
+
+class Labelled(NamedTuple):
+    """A labelled dataset: its entry in the labels file, its rows to train on, and those held out."""
+
+    spec: DatasetSpec
+    rows: list[dict]
+    heldout: list[dict]
 
 
 class LabelTeacher:
@@ -309,31 +318,29 @@ class LabelTrainer(HeldoutTrainer):
         return metrics | {"score": sum(cosines) / len(cosines)}
 
 
-def read_labelled(
-    args: LabelArguments, data_args: DataArguments, cache_dir: Path, seed: int
-) -> dict[str, tuple[DatasetSpec, list[dict]]]:
+def read_labelled(args: LabelArguments, data_args: DataArguments, cache_dir: Path, seed: int) -> dict[str, Labelled]:
     """
-    Each dataset of the labels file by its name, with its rows, shuffled and their texts cut. The first `heldout_texts` rows
-    are held out: no text of the others has one of theirs in it, or is part of one. Texts joined from the same sentences may
+    Each dataset of the labels file by its name, its rows shuffled and their texts cut. Of these `heldout_texts` are held
+    out: no text of the others has one of theirs in it, or is part of one. Texts joined from the same sentences may
     be on both sides.
     """
-    rng, held = random.Random(seed), args.heldout_texts
-    labelled = {}
+    rng, labelled = random.Random(seed), {}
     for spec in read_data_file(args.labels_file):
         rows = list(load_rows(spec, data_args.data_dir, str(cache_dir), data_args.skip_bad_rows))
         rng.shuffle(rows)
         rows = [row | {"query": row["query"][: args.max_characters]} for row in rows]
-        kept = [row["query"] for row in rows[:held]]
-        rest = [row for row in rows[held:] if not any(text in row["query"] or row["query"] in text for text in kept)]
-        labelled[spec.name] = spec, rows[:held] + rest
+        heldout, rows = rows[: args.heldout_texts], rows[args.heldout_texts :]
+        kept = [row["query"] for row in heldout]
+        rows = [row for row in rows if not any(text in row["query"] or row["query"] in text for text in kept)]
+        labelled[spec.name] = Labelled(spec, rows, heldout)
     return labelled
 
 
 def read_instructions(
-    args: LabelArguments, specs: Sequence[DatasetSpec], labelled: dict[str, tuple[DatasetSpec, list[dict]]]
+    args: LabelArguments, specs: Sequence[DatasetSpec], labelled: dict[str, Labelled]
 ) -> tuple[set[str], list[str], list[str]]:
     """The labels' instructions, those under which EOS's states become shorter, and the others: of MTEB, `specs`, made up."""
-    own = {instruction for spec, _ in labelled.values() for instruction in spec.instructions}
+    own = {instruction for dataset in labelled.values() for instruction in dataset.spec.instructions}
     short_file = args.short_instructions_file
     short = [] if short_file is None else json.loads(Path(short_file).read_text(encoding="utf-8"))
     short = [instruction for instruction in short if instruction not in own]
@@ -344,7 +351,7 @@ def read_instructions(
 
 
 def fit_teachers(
-    model: Causal2VecModel, labelled: dict[str, tuple[DatasetSpec, list[dict]]], held: int, fitted_rows: int
+    model: Causal2VecModel, labelled: dict[str, Labelled], fitted_rows: int
 ) -> tuple[dict[str, LabelTeacher], torch.Tensor]:
     """
     A teacher for each dataset, and the encoder's vectors that they were fitted to, `(rows, encoder_hidden_size)`.
@@ -353,32 +360,32 @@ def fit_teachers(
         ValueError: the rows of a dataset have one label.
     """
     teachers, vectors = {}, []
-    for name, (_, rows) in labelled.items():
-        fitted = rows[held:][:fitted_rows]
+    for name, dataset in labelled.items():
+        fitted = dataset.rows[:fitted_rows]
         labels = [row["positive"] for row in fitted]
+        names = sorted(set(labels))
         logger.info("%s: fitting %s", name, dict(Counter(labels)))
-        if len(set(labels)) < 2:
-            raise ValueError(f"{name}: expected rows of two labels or more, got {sorted(set(labels))}.")
+        if len(names) < 2:
+            raise ValueError(f"{name}: expected rows of two labels or more, got {names}.")
         vectors.append(encoder_vectors(model, [row["query"] for row in fitted]))
-        teachers[name] = LabelTeacher(vectors[-1], labels, label_directions(model, sorted(set(labels))))
+        teachers[name] = LabelTeacher(vectors[-1], labels, label_directions(model, names))
     return teachers, torch.cat(vectors)
 
 
 def heldout_batches(
     collator: LabelCollator,
     texts: list[str],
-    labelled: dict[str, tuple[DatasetSpec, list[dict]]],
+    labelled: dict[str, Labelled],
     instructions: dict[str, list[str | None]],
     size: int = 32,
 ) -> dict[str, tuple[list[dict], list[str] | None]]:
     """
-    What [`LabelTrainer`] measures itself on: of each dataset as many first rows as there are texts, with their labels; and
-    the texts under some of the `instructions` of each name.
+    What [`LabelTrainer`] measures itself on: the held-out rows of each dataset, with their labels; and the texts, as many as
+    those, under some of the `instructions` of each name.
     """
     starts = range(0, len(texts), size)
     heldout = {}
-    for name, (spec, rows) in labelled.items():
-        rows = rows[: len(texts)]
+    for name, (spec, _, rows) in labelled.items():
         queries = [[row["query"] for row in rows[start : start + size]] for start in starts]
         batches = [collator([(part, spec.instructions[0], [], name)]) for part in queries]
         heldout[name] = batches, [row["positive"] for row in rows]
@@ -415,21 +422,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if label_args.short_instructions_file is not None or (label_args.label_factor, label_args.eos_factor) != (1, 1):
         silent_channel(model)  # refuses a model whose states cannot change their length
 
-    held = label_args.heldout_texts
     data, _ = load_data(data_args, args)
     texts = choose_texts(data.rows, label_args.texts_per_dataset, label_args.max_characters, args.seed)
+    heldout_texts, texts = texts[: label_args.heldout_texts], texts[label_args.heldout_texts :]
     labelled = read_labelled(label_args, data_args, output / "data", args.seed)
-    if min(len(texts), *(len(rows) for _, rows in labelled.values())) <= held:
+    if not texts or not all(dataset.rows for dataset in labelled.values()):
+        counts = {name: len(dataset.heldout) + len(dataset.rows) for name, dataset in labelled.items()}
         raise ValueError(
-            f"--heldout_texts {held} leaves nothing to train on: there are {len(texts)} texts, and "
-            f"{ {name: len(rows) for name, (_, rows) in labelled.items()} } labelled rows."
+            f"--heldout_texts {label_args.heldout_texts} leaves nothing to train on: there are "
+            f"{len(heldout_texts) + len(texts)} texts, and {counts} labelled rows."
         )
     own, short, others = read_instructions(label_args, data.specs, labelled)
     factors = dict.fromkeys(short, label_args.short_factor) | dict.fromkeys(own, label_args.label_factor)
     collator = LabelCollator(model, factors)
-    teachers, vectors = fit_teachers(model, labelled, held, label_args.fitted_rows)
+    teachers, vectors = fit_teachers(model, labelled, label_args.fitted_rows)
     heldout = heldout_batches(
-        collator, texts[:held], labelled, {"documents": [None], "queries": others, "short": short}
+        collator, heldout_texts, labelled, {"documents": [None], "queries": others, "short": short}
     )
     size = args.max_steps * args.world_size
 
@@ -437,12 +445,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
         return WordBatches(texts, lengths, instructions, label_args.tokens_per_batch, size, args.seed)
 
-    drawn = {}
-    for name, (spec, rows) in labelled.items():
-        here = [row["query"] for row in rows[held:]]
-        drawn[name] = batches(here + texts[held:][: len(here)], spec.instructions), rows[held:]
-    plain = [row["query"] for _, rows in labelled.values() for row in rows[held:]]
-    plain = batches(texts[held:] + plain, others + short)
+    drawn, every = {}, list(texts)
+    for name, (spec, rows, _) in labelled.items():
+        here = [row["query"] for row in rows]
+        drawn[name] = batches(here + texts[: len(here)], spec.instructions), rows
+        every += here
+    plain = batches(every, others + short)
     if args.dry_run:
         return output / "model"
 
@@ -468,12 +476,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if trainer.is_world_process_zero():
         facts = {
             "arguments": arguments_read(model_args, data_args, args, label_args),
-            "rows": {name: len(rows) - held for name, (_, rows) in labelled.items()},
-            "texts": len(texts) - held,
+            "rows": {name: len(dataset.rows) for name, dataset in labelled.items()},
+            "texts": len(texts),
             "processes": args.world_size,
             "steps": trainer.state.global_step,
             "heldout": {name[5:]: value for name, value in metrics.items() if name.startswith("eval_")},
-            "fit": {name: accuracy(model, teachers[name], rows[:held]) for name, (_, rows) in labelled.items()},
+            "fit": {name: accuracy(model, teachers[name], dataset.heldout) for name, dataset in labelled.items()},
             "log": trainer.state.log_history,
         }
         write_json(output / "labels.json", facts)

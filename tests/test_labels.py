@@ -228,9 +228,9 @@ def test_labelled_rows_held_out(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps([spec]))
     label_args = labels.LabelArguments(labels_file=str(tmp_path / "labels.json"), heldout_texts=8, max_characters=10)
     data_args = train.DataArguments(data_file="", data_dir=str(tmp_path))
-    ((_, rows),) = labels.read_labelled(label_args, data_args, tmp_path, seed=0).values()
-    kept, rest = ([row["query"] for row in part] for part in (rows[:8], rows[8:]))
-    assert max(map(len, kept + rest)) == 10 and len(rest) > 20
+    (dataset,) = labels.read_labelled(label_args, data_args, tmp_path, seed=0).values()
+    kept, rest = ([row["query"] for row in part] for part in (dataset.heldout, dataset.rows))
+    assert len(kept) == 8 and max(map(len, kept + rest)) == 10 and len(rest) > 20
     assert not any(one in other or other in one for one in kept for other in rest)
 
 
