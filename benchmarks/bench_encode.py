@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from eval_report import write_json, write_text  # noqa: E402
 from modeling_causal2vec import Causal2VecModel  # noqa: E402
 from packing import cut, sorted_batches  # noqa: E402
 
@@ -524,9 +525,8 @@ def find_ratios(results: dict) -> list[dict]:
 
 
 def write_report(results: dict, output: Path, name: str) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (output / f"{name}.md").write_text(make_tables(results))
+    write_json(output / f"{name}.json", results)
+    write_text(output / f"{name}.md", make_tables(results))
     draw(results, output, name)
 
 

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(ROOT))
 
+from eval_report import write_json  # noqa: E402
+
 
 def step_timer():
     """A callback that notes the time at the end of every optimizer step."""
@@ -206,14 +208,13 @@ def main() -> None:
     if args.only:
         measure(args)
         return
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "bench_train.json"
     if args.redraw:
         result = json.loads(path.read_text())
     else:
         result = compare(args)
         result["settings"]["model"] = Path(args.model).resolve().name
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
     report(result)
     print(json.dumps(result))
 

@@ -20,6 +20,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from eval_report import write_json, write_text  # noqa: E402
+
+
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
 
 
@@ -97,8 +100,7 @@ def write(results: dict, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "storage.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "storage.json", results)
     full = results["rows"][0]["scores"]
     lines = [
         "| numbers | precision | bytes per vector | " + " | ".join(results["packs"]) + " | loss |",
@@ -111,7 +113,7 @@ def write(results: dict, output: Path) -> None:
     for name, count in results["documents"].items():
         if count is not None:
             lines += ["", f"{name}: {count:,} documents."]
-    (output / "storage.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "storage.md", "\n".join(lines) + "\n")
 
     figure, axes = plt.subplots(1, len(results["packs"]), figsize=(5 * len(results["packs"]), 3.6), squeeze=False)
     for axis, name in zip(axes[0], results["packs"]):
