@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict] = {
     "tokens_4": {"num_contextual_tokens": 4},
     "tokens_8": {"num_contextual_tokens": 8},
     "token_prepending": {"baseline": "token_prepending"},
+    "random_projector": {"projector_identity": None},
     "before_instruction": {"contextual_position": "before_instruction"},
     "bidirectional": {"bidirectional": True},
     "lora": {"train_decoder": "lora"},
@@ -101,6 +102,7 @@ STUDIES: dict[str, tuple[str, list[Row]]] = {
         "Encoders, and token prepending (Table 6)",
         [
             Row("default", "the recipe's encoder (the paper: E5-base-v2)", 62.83, 65.85),
+            Row("random_projector", "the same, its projector started at random as in the paper"),
             Row("encoder:gte-small", "GTE-small", 62.71, 65.45),
             Row("encoder:e5-small-v2", "E5-small-v2", 62.70, 65.41),
             Row("encoder:e5-large-v2", "E5-large-v2", 62.31, 65.71),
@@ -299,14 +301,29 @@ def result_file(output: Path, variant: str, seed: int) -> Path:
 
 def run_variant(args: argparse.Namespace, recipe: dict, tasks: Sequence, variant: str, seed: int) -> None:
     """Trains and scores one variant with one seed, and writes its JSON."""
+    from card import without_machine_paths
+
     model, trained = train_variant(args, recipe, variant, seed)
     started = time.monotonic()
     record = score(args, tasks, model, variant, seed)
     file = result_file(args.output, variant, seed)
-    write_json(file, {"variant": variant, "seed": seed, "flags": VARIANTS.get(variant, {}), "train": trained, **record})
+    flags = without_machine_paths(variant_flags(args, recipe, variant))
+    write_json(file, {"variant": variant, "seed": seed, "flags": flags, "train": trained, **record})
     log(f"{variant}, seed {seed}: {fmean(record['scores'].values()):.2f}, scored in {time.monotonic() - started:.0f} s")
     if variant not in {**GO_ON, **JOIN}.values():
         shutil.rmtree(model)
+
+
+def variant_flags(args: argparse.Namespace, recipe: dict, variant: str) -> dict:
+    """What a variant changes in the recipe."""
+    if not variant.startswith(ENCODER):
+        return dict(VARIANTS[variant])
+    from train import backbone_width
+
+    flags = {"encoder": args.encoders[variant.removeprefix(ENCODER)]}
+    if backbone_width(flags["encoder"]) > backbone_width(recipe["decoder"]):
+        flags["projector_identity"] = None  # there is none from more numbers to fewer
+    return flags
 
 
 def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -> tuple[Path, dict]:
@@ -315,11 +332,7 @@ def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: in
 
     model = args.work / "models" / result_file(args.output, variant, seed).stem
     if not model.exists():
-        flags = dict(VARIANTS.get(variant, {}))
-        if variant.startswith(ENCODER):
-            flags["encoder"] = args.encoders[variant.removeprefix(ENCODER)]
-            if train.backbone_width(flags["encoder"]) > train.backbone_width(recipe["decoder"]):
-                flags["projector_identity"] = None  # there is none from more numbers to fewer
+        flags = variant_flags(args, recipe, variant)
         if variant in GO_ON:
             flags["model"] = str(train_variant(args, recipe, GO_ON[variant], seed)[0])
         if variant in JOIN:

@@ -176,7 +176,7 @@ def test_other_encoders_have_rows_of_their_own():
     assert [row.label for row in ablation.rows_of("encoders", runs)][-1] == "mine"
     assert ablation.rows_of("tokens", runs) == ablation.STUDIES["tokens"][1]
     args = SimpleNamespace(study=["encoders"], icl=None, encoders={"mine": "folder"})
-    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "encoder:mine"]
+    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "random_projector", "encoder:mine"]
 
 
 @pytest.mark.parametrize(
