@@ -233,6 +233,8 @@ def base_recipe(args: argparse.Namespace) -> dict:
     """The recipe on this study's budget, with the paper's loss alone and without what costs time only."""
     recipe = read_json(args.recipe)
     recipe = recipe.get("recipe", recipe)
+    if not {"encoder", "decoder"} <= set(recipe):
+        raise ValueError(f"{args.recipe}: expected a recipe that joins an encoder and a decoder, got {sorted(recipe)}.")
     left_out = (
         "matryoshka_dims load_best_model_at_end metric_for_best_model eval_steps dev_rows gradcache distillation "
         "interpolation"

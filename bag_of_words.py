@@ -29,6 +29,7 @@ from card import without_machine_paths
 from eval_report import write_json
 from modeling_causal2vec import Causal2VecModel
 from train import (
+    DataArguments,
     MarkComplete,
     find_checkpoint,
     last_norm,
@@ -285,12 +286,30 @@ def decoder_optimizer(model: Causal2VecModel, args: TrainingArguments) -> torch.
     )
 
 
+def check_arguments(data_args: DataArguments, args: TrainingArguments, heldout_texts: int) -> None:
+    """
+    Raises:
+        ValueError: an argument of train.py is set to what batches of texts cannot be made by, or none is held out.
+    """
+    wrong = {
+        "--heldout_texts must be at least 1": heldout_texts < 1,
+        "--max_steps must be at least 1, there are no epochs": args.max_steps < 1,
+        "--per_device_train_batch_size must be 1, as --tokens_per_batch says how many texts that is": (
+            args.per_device_train_batch_size != 1
+        ),
+        "--streaming cannot be, as texts are drawn from all": data_args.streaming,
+    }
+    if any(wrong.values()):
+        raise ValueError("; ".join(reason for reason, is_so in wrong.items() if is_so) + ".")
+
+
 def arguments_read(model_args, data_args, args: TrainingArguments, more) -> dict:
     """The arguments of a run as its JSON tells them, without those of train.py that [`decoder_optimizer`] leaves no say."""
     arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), **asdict(more)}
     unread = (
         "train_decoder train_encoder lora_r lora_alpha lora_dropout optim optim_args adam_beta1 adam_beta2 adam_epsilon "
-        "gradcache matryoshka_dims temperature distillation interpolation num_negatives max_examples train_max_length"
+        "gradcache matryoshka_dims temperature distillation interpolation num_negatives max_examples train_max_length "
+        "scheduler_steps share_heads"
     )
     return without_machine_paths({name: value for name, value in arguments.items() if name not in unread.split()})
 
@@ -306,10 +325,10 @@ def balance(model: Causal2VecModel, texts: Sequence[str], channel: int, scale: f
     Returns:
         The means over `texts` that this was computed from: length of the encoder's vectors, and of EOS states before.
     """
+    model.cpu().eval()  # training may have left it on a GPU
     start_projector_as_identity(model.projector, scale, last_norm(model.decoder))
     linear = model.projector.linear_2
     linear.weight[channel] = 0
-    model.eval()
     figures = []
     for start in range(0, len(texts), 32):
         batch = model.processor(texts[start : start + 32])
@@ -358,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
+    check_arguments(data_args, args, word_args.heldout_texts)
     checkpoint = None if args.dry_run else find_checkpoint(args)
 
     data, _ = load_data(data_args, args)

@@ -65,7 +65,7 @@ def divide_states(model, divisor: float) -> None:
 
 
 def bundle(model_dir: str, divisor: float | None = None) -> None:
-    """Copies everything but code and card into the repository root, file by file, each replaced at once."""
+    """Copies all but code, card and instructions into the repository root, file by file, each replaced at once."""
     from modeling_causal2vec import Causal2VecModel
 
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
@@ -77,7 +77,7 @@ def bundle(model_dir: str, divisor: float | None = None) -> None:
         forget_origin(Path(temporary))
         for path in sorted(Path(temporary).rglob("*")):
             target = ROOT / path.relative_to(temporary)
-            if path.is_file() and path.suffix != ".py" and path.name != "README.md":
+            if path.is_file() and path.suffix != ".py" and path.name not in ("README.md", "instructions.json"):
                 target.parent.mkdir(exist_ok=True)
                 os.replace(path, target)
                 print(f"{target.relative_to(ROOT)}  {target.stat().st_size:,} bytes")

@@ -52,10 +52,12 @@ class DatasetSpec:
     license: str | None = None
 
     def __post_init__(self):
-        if not self.instructions or not all(isinstance(text, str) for text in self.instructions):
-            raise ValueError(
-                f"Dataset {self.name!r} needs a list of at least one instruction, got {self.instructions}."
-            )
+        for name in ("instructions", "symmetric"):
+            texts = getattr(self, name)
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"Dataset {self.name!r}: `{name}` must be a list of strings, got {texts!r}.")
+        if not self.instructions:
+            raise ValueError(f"Dataset {self.name!r} needs a list of at least one instruction, got [].")
         if not set(self.symmetric) <= set(self.instructions):
             raise ValueError(f"Dataset {self.name!r}: `symmetric` must list some of its instructions.")
         if not 0 < self.sample_ratio <= 1:

@@ -135,6 +135,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [f"--{name}" for name in needed if not getattr(args, name)]
     if missing:
         parser.error(f"needs {', '.join(missing)}")
+    if args.noise and (args.print_prompts or args.analyze):
+        parser.error("--noise only changes what is scored; leave it out with --print_prompts and --analyze")
     return args
 
 

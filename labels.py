@@ -34,6 +34,7 @@ from bag_of_words import (
     HeldoutTrainer,
     WordBatches,
     arguments_read,
+    check_arguments,
     choose_texts,
     decoder_optimizer,
     lengthen_eos,
@@ -408,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
     output = Path(args.output_dir)
+    check_arguments(data_args, args, label_args.heldout_texts)
     checkpoint = None if args.dry_run else find_checkpoint(args)
     if label_args.labels_file is None:
         raise ValueError("--labels_file is missing: a JSON list of datasets, such as recipes/data/labels.json.")

@@ -187,12 +187,13 @@ class SentenceTransformerBackend:
         return {"text": (instruction or "") + text}
 
     def stored_prompt(self, task_metadata, side: str | None) -> str | None:
-        """The prompt that the model's own configuration has for a task and a side, found as mteb finds it."""
+        """The prompt of the model's own configuration for a task and a side, found as mteb finds it, or its default."""
         from mteb.models.abs_encoder import get_prompt
         from mteb.types import PromptType
 
         prompts = {name: prompt for name, prompt in self.model.prompts.items() if prompt}
-        return get_prompt(prompts, task_metadata, None if side is None else PromptType(side))
+        found = get_prompt(prompts, task_metadata, None if side is None else PromptType(side))
+        return found or prompts.get(self.model.default_prompt_name)
 
 
 # ---------------------------------------------------------------------------------------------- the wrapper for mteb
@@ -242,13 +243,20 @@ class MTEBEncoder:
         rank, world = ranks()
         size = max(1, min(CHUNK, -(-len(texts) // world)))
         chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-        mine, told = {}, time.monotonic()
-        for i in range(rank, len(chunks), world):
-            mine[i] = self._embed_chunk(chunks[i], instruction, examples, side)
-            if time.monotonic() - told > 60:
-                told = time.monotonic()
-                log(f"{task_metadata.name}, {side or 'text'}: {i + 1} of {len(chunks)} chunks of {size} texts")
+        mine, told, failure = {}, time.monotonic(), None
+        try:
+            for i in range(rank, len(chunks), world):
+                mine[i] = self._embed_chunk(chunks[i], instruction, examples, side)
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    log(f"{task_metadata.name}, {side or 'text'}: {i + 1} of {len(chunks)} chunks of {size} texts")
+        except Exception as error:
+            failure = error  # the other processes wait in `gather`
         vectors = gather(mine)
+        if failure is not None:
+            raise failure
+        if len(vectors) < len(chunks):
+            raise RuntimeError("Another process could not embed its share of the texts; its own error says why.")
         if not chunks:
             return np.zeros((0, self.backend.dim), dtype=np.float32)
         return np.concatenate([vectors[i] for i in range(len(chunks))])

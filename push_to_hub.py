@@ -77,7 +77,11 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]:
-    """Everything about the files that would hurt those who pull them."""
+    """Everything about the files that would hurt those who pull them; of files that are no JSON, that alone."""
+    broken = list(json_problems(folder, files))
+    if broken:  # what is left reads them
+        yield from broken
+        return
     is_adapter = Path("adapter_config.json") in files and Path("model.safetensors") not in files
     required = REQUIRED_OF_ADAPTER if is_adapter else REQUIRED
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if Path("config.json") in files else {}
@@ -103,6 +107,15 @@ def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]
         yield from auto_map_problems(folder, files)
     if Path("README.md") in files:
         yield from card_problems(folder, is_adapter)
+
+
+def json_problems(folder: Path, files: list[Path]) -> Iterator[str]:
+    for file in files:
+        if file.suffix == ".json":
+            try:
+                json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                yield f"{file}: not JSON ({error}); the file is damaged. Save it again."
 
 
 def safetensors_problems(folder: Path, file: Path) -> Iterator[str]:

@@ -20,10 +20,10 @@ except ImportError as error:
     raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
 
 try:
-    from .modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
+    from .modeling_causal2vec import Causal2VecModel, check_truncate_dim, position_limit, truncate_embeddings
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:  # imported from a clone, where these files are top-level modules
-    from modeling_causal2vec import Causal2VecModel, check_truncate_dim, truncate_embeddings
+    from modeling_causal2vec import Causal2VecModel, check_truncate_dim, position_limit, truncate_embeddings
     from tokenization_utils import Causal2VecProcessor
 
 
@@ -106,8 +106,9 @@ class Causal2VecSTModule(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        if not isinstance(value, int) or value < 3:
-            raise ValueError(f"`max_seq_length` must be an integer of at least 3, got {value!r}.")
+        limit = position_limit(self.model.decoder) or float("inf")
+        if not isinstance(value, int) or not 3 <= value <= limit:
+            raise ValueError(f"`max_seq_length` must be an integer from 3 to {limit}, got {value!r}.")
         self.model.config.max_seq_length = self.model.processor.max_seq_length = value
 
     def get_embedding_dimension(self) -> int:

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -142,7 +143,11 @@ class DataArguments:
     num_negatives: int = field(default=1, metadata={"help": "Hard negatives per row, as far as it has them."})
     max_examples: int = field(default=0, metadata={"help": "In-context examples per query: 0 to this many, at random."})
     train_max_length: int | None = field(
-        default=None, metadata={"help": "Decoder tokens per row in training. Default: the model's limit."}
+        default=None,
+        metadata={
+            "help": "Decoder tokens per row in training, but for queries with examples, whose limit is the model's "
+            "icl_max_seq_length. Default: the model's limit."
+        },
     )
     dev_rows: int = field(default=0, metadata={"help": "Rows per dataset to hold out for the dev score (nDCG@10)."})
     dev_pack: str | None = field(
@@ -252,6 +257,7 @@ class Causal2VecTrainer(Trainer):
                 optimizer=optimizer or self.optimizer,
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=self.args.scheduler_steps or num_training_steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -290,7 +296,10 @@ class Causal2VecTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes `encode` on
         batch_size = self.args.per_device_eval_batch_size
-        scores = {dev.name: dev.score(model, batch_size=batch_size) for dev in self.dev_sets}
+        # What is trained is float32; beside frozen weights of another dtype it is so only under autocast, as in training.
+        mixed = len({weight.dtype for weight in model.parameters()}) > 1
+        with self.accelerator.autocast() if mixed else nullcontext():
+            scores = {dev.name: dev.score(model, batch_size=batch_size) for dev in self.dev_sets}
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
         metrics[f"{metric_key_prefix}_score"] = sum(scores.values()) / len(scores)
         self.log(metrics)
@@ -640,6 +649,11 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     set_seed(args.seed)
     output = Path(args.output_dir)
     checkpoint = None if args.dry_run else find_checkpoint(args)
+    if model_args.dtype != "float32" and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"--dtype {model_args.dtype} needs --bf16 true (or --fp16 true): what is trained stays in float32, and only "
+            "autocast lets it read the other weights."
+        )
     if not 0 < args.interpolation <= 1:
         raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
     if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):

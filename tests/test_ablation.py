@@ -90,7 +90,9 @@ def test_what_starts_from_another_variant(study, results):
     assert {path.name for path in (study.folder / "work" / "models").iterdir()} == {"last_token.42", "last_token.43"}
     before, on = (record(results, name)["train"]["losses"] for name in ("last_token", "last_token_on"))
     assert on[0] != before[0]
-    assert "encoder" in record(results, "causal2vec_on")["train"]["plan"]["parameters"]
+    joined = record(results, "causal2vec_on")["train"]
+    assert "encoder" in joined["plan"]["parameters"]
+    assert joined["losses"][0] != record(results, "default")["train"]["losses"][0]
 
 
 def test_a_finished_run_is_not_run_again(study, results, monkeypatch, capsys):
@@ -192,6 +194,13 @@ def test_arguments_that_cannot_work(flags, told, capsys):
     with pytest.raises(SystemExit):
         ablation.parse_args(flags)
     assert told in capsys.readouterr().err
+
+
+def test_a_recipe_that_joins_no_backbones(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "runs/words/model"}))
+    args = ablation.parse_args(["--recipe", str(tmp_path / "recipe.json"), "--data_dir", "x"])
+    with pytest.raises(ValueError, match=r"joins an encoder and a decoder, got \['model'\]"):
+        ablation.base_recipe(args)
 
 
 def test_nothing_to_draw(tmp_path):

@@ -1,6 +1,8 @@
 """benchmarks/bench_encode.py: it runs in a clone alone, at any decoder size, and redraws itself."""
 
+import contextlib
 import importlib.util
+import io
 import json
 
 import pytest
@@ -18,7 +20,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def run(bench, saved_dir, tmp_path_factory):
-    """One tiny run: its folder and its results."""
+    """One tiny run: its folder and its results, which are the last line of its output too."""
     folder = tmp_path_factory.mktemp("bench")
     decoder = dict(
         model_type="mistral", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
@@ -28,16 +30,20 @@ def run(bench, saved_dir, tmp_path_factory):
     )
     threads = torch.get_num_threads()
     bench.PRECISIONS.pop("float32 compiled")  # compiling takes minutes
-    results = bench.main(
-        f"--model {saved_dir} --decoder_config {folder / 'decoder.json'} --tasks STS12 --texts 6 --long_texts 2 "
-        f"--corpus_texts 8 --precision_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu --output {folder} --name tiny".split()
-    )
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        results = bench.main(
+            f"--model {saved_dir} --decoder_config {folder / 'decoder.json'} --tasks STS12 --texts 6 --long_texts 2 "
+            "--corpus_texts 8 --precision_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu "
+            f"--output {folder} --name tiny".split()
+        )
     assert torch.get_num_threads() == threads
+    assert json.loads(told.getvalue().splitlines()[-1]) == results
     return folder, results
 
 
 class TestRun:
-    def test_last_line_is_the_results(self, bench, run, capsys):
+    def test_json_is_the_results(self, run):
         folder, results = run
         assert json.loads((folder / "tiny.json").read_text()) == results
 

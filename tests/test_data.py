@@ -134,6 +134,7 @@ def test_data_files(tmp_path):
         ([], "at least one dataset"),
         ([{"name": "a", "path": "a", "instructions": []}], "at least one instruction"),
         ([{"name": "a", "path": "a", "instructions": ["f"], "sample_ratio": 2}], "sample_ratio"),
+        ([{"name": "a", "path": "a", "instructions": "find"}], "`instructions` must be a list of strings, got 'find'"),
         ([{"name": "a", "path": "a", "instructions": ["f"], "symmetric": ["g"]}], "symmetric"),
         ([{"name": "a", "path": "a", "instructions": ["f"], "ratio": 1}], "each entry has the fields"),
     ):

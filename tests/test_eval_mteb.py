@@ -236,6 +236,21 @@ def test_vectors_that_are_not_finite_are_an_error(checkpoint, data_dir, tmp_path
         encoder.embed(["hi"], tasks[0].leaves()[0].metadata, None)
 
 
+def test_a_process_that_fails_does_not_leave_the_others_waiting(checkpoint, data_dir, tmp_path, monkeypatch):
+    """It takes part in the exchange first, and the others learn there that its share is missing."""
+    tasks, encoder = load(checkpoint, data_dir, tmp_path)
+    met = []
+    monkeypatch.setattr(mteb_encoder, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(mteb_encoder, "gather", lambda mine: met.append(mine) or mine)
+    metadata = tasks[0].leaves()[0].metadata
+    with pytest.raises(RuntimeError, match="Another process could not embed"):
+        encoder.embed(["one", "two"], metadata, None)
+    monkeypatch.setattr(encoder.backend, "encode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.embed(["three", "four"], metadata, None)
+    assert [len(mine) for mine in met] == [1, 0]
+
+
 # ------------------------------------------------------------------------------------------- what stands before a text
 
 
@@ -743,6 +758,8 @@ def test_any_sentence_transformers_model_can_be_scored(sentence_transformer, dat
             encoder.embed(["some text"], metadata, side), model.encode(["some text"], prompt=prompt), atol=1e-6
         )
     assert encoder.backend.describe("some text", *encoder.head(metadata, "query")) == {"text": "query: some text"}
+    encoder.backend.model.default_prompt_name = "document"
+    assert encoder.head(metadata, None)[0] == "doc: "  # as sentence-transformers puts it before them
 
 
 def test_options_of_ours_do_not_fit_other_models(sentence_transformer, data_dir, tmp_path):
@@ -839,6 +856,13 @@ def test_missing_arguments_are_named(argv, missing, capsys):
     with pytest.raises(SystemExit):
         eval_mteb.parse_args(argv)
     assert f"needs {missing}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--print_prompts"], ["--analyze", "--output", "o"]])
+def test_noise_is_only_for_scores(flags, capsys):
+    with pytest.raises(SystemExit):
+        eval_mteb.parse_args(["--model", "m", "--tasks", "STS16", "--noise", *flags])
+    assert "--noise only changes what is scored" in capsys.readouterr().err
 
 
 def test_a_data_folder_switches_the_network_off(checkpoint, data_dir, monkeypatch, capsys):

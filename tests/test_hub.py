@@ -439,6 +439,8 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         shard.write_bytes(shard.read_bytes()[:-1])
     elif how == "header":
         shard.write_bytes(b"\xff" * 100)
+    elif how == "json":
+        (folder / "training.json").write_text('{"steps": ')
     elif how == "shard":
         shard.unlink()
     elif how == "code":
@@ -472,6 +474,7 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         ("large", "6.0 GB are more than 5 GB"),
         ("truncated", "it is cut off"),
         ("header", "no safetensors header"),
+        ("json", "training.json: not JSON (Expecting value"),
         ("shard", "model.safetensors.index.json names model-00001"),
         ("code", "missing: packing.py"),
         ("auto_map", "auto_map gives 'someone/else--"),

@@ -90,7 +90,7 @@ def test_eos_learns_labels_and_keeps_the_rest(run, tmp_path):
     before = run.start().eval()
     bag_of_words.prepare(before.requires_grad_(False), embedding_scale=1.0)  # so that states can be shorter
     before.save_pretrained(tmp_path / "start")
-    (tmp_path / "short.json").write_text(json.dumps(["group"]))
+    (tmp_path / "short.json").write_text(json.dumps(["group"] * 100))  # as often as the others together, about
     start = {"model": str(tmp_path / "start"), "encoder": None, "decoder": None, "projector_identity": None}
     short = {"short_instructions_file": str(tmp_path / "short.json"), "short_factor": 0.25}
     folder = run(tmp_path / "labelled", max_steps=300, learning_rate=1e-2, **start, **short)
@@ -112,7 +112,7 @@ def test_eos_learns_labels_and_keeps_the_rest(run, tmp_path):
         eos(after, instruction).norm(dim=-1).mean() / eos(before, instruction).norm(dim=-1).mean()
         for instruction in (None, "group")
     ]
-    assert lengths[1] < 0.95 * lengths[0]
+    assert lengths[1] < 0.7 * lengths[0]
     likeness = states(after, INSTRUCTION) @ states(after, INSTRUCTION).T
     assert min(likeness[0, 2], likeness[1, 3]) > likeness[[0, 0, 2, 2], [1, 3, 1, 3]].max() + 0.3
     kept = [
@@ -206,6 +206,7 @@ def test_an_interrupted_run_resumes(run, check_resuming):
         ({"pooling": "eos_encoder"}, "pooling concat"),
         ({"baseline": "last_token"}, "Contextual token"),
         ({"heldout_texts": 10_000}, "leaves nothing to train on"),
+        ({"heldout_texts": 0, "max_steps": -1}, "--heldout_texts must be at least 1; --max_steps must be at least 1"),
         ({"labels_file": None}, "--labels_file is missing"),
         ({"eos_factor": 2.0}, "one gain of 0"),
         ({"short_instructions_file": "short.json"}, "one gain of 0"),

@@ -137,10 +137,10 @@ def test_command(command):
     if script == "train.py":  # its arguments are transformers' too
         from transformers import TrainingArguments
 
-        source += " ".join(TrainingArguments.__dataclass_fields__)
+        source += " ".join(f"--{name}" for name in TrainingArguments.__dataclass_fields__)
     behind = words[words.index(script) :]
     for option in (word.lstrip("-").split("=")[0] for word in behind if word.startswith("--")):
-        assert re.search(rf"\b{option}\b", source), f"{script} has no --{option}"
+        assert re.search(rf"--{option}\b|^    {option}: ", source, re.MULTILINE), f"{script} has no --{option}"
     for word in behind:
         if word.startswith("recipes/"):
             assert (ROOT / word).exists(), word

@@ -15,6 +15,7 @@ from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
+from modeling_causal2vec import position_limit  # noqa: E402
 from saving_utils import SHIPPED_CODE  # noqa: E402
 
 
@@ -115,8 +116,9 @@ def test_max_seq_length_is_the_models(saved_dir, tiny_model, tmp_path):
     assert np.abs(shortened - tiny_model.encode(TEXTS)).max() > 1e-3
     model.save(str(tmp_path / "saved"))
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["max_seq_length"] == 12
-    with pytest.raises(ValueError, match="max_seq_length"):
-        model.max_seq_length = 0
+    for wrong in (0, position_limit(tiny_model.decoder) + 1):  # a folder saved with the latter would not load
+        with pytest.raises(ValueError, match="max_seq_length"):
+            model.max_seq_length = wrong
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])

@@ -202,7 +202,9 @@ def test_what_is_trained_is_fp32_under_bf16(make_model, how):
 
 
 def test_bf16_run_trains(run):
-    folder = run("--dtype", "bfloat16", "--bf16", "true")
+    folder = run(
+        "--dtype", "bfloat16", "--bf16", "true", "--dev_rows", 2, "--eval_strategy", "steps", "--eval_steps", 2
+    )
     assert all(math.isfinite(loss) for loss in losses(folder.parent))
     assert len(losses(folder.parent)) == 4
 
@@ -426,6 +428,8 @@ def test_arguments_that_cannot_work(run, tmp_path):
     recipe.write_text(json.dumps({"output_dir": "x", "learning_rat": 1}))
     with pytest.raises(ValueError, match="learning_rat"):
         train.parse([str(recipe)])
+    with pytest.raises(ValueError, match="--dtype bfloat16 needs --bf16 true"):
+        run("--dtype", "bfloat16")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
