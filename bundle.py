@@ -37,11 +37,11 @@ def store_half(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def forget_origin(folder: Path) -> None:
-    """Takes out of saved tokenizers that they were loaded from a folder, which is true of nobody's copy."""
+def forget_origin(folder: Path, *others: str) -> None:
+    """Takes out of saved tokenizers that they were loaded from a folder, which is true of nobody's copy, and `others`."""
     for path in folder.rglob("tokenizer_config.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("is_local", "local_files_only"):
+        for name in ("is_local", "local_files_only", *others):
             values.pop(name, None)
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -90,7 +90,7 @@ def export_encoder(folder: str) -> None:
     model = Causal2VecModel.from_pretrained(ROOT)
     model.encoder.save_pretrained(folder)
     model.processor.encoder_tokenizer.save_pretrained(folder)
-    forget_origin(Path(folder))
+    forget_origin(Path(folder), "auto_map", "processor_class")  # of Causal2Vec's processor, which is not in the folder
 
 
 def export_decoder(source: str, folder: str) -> None:
