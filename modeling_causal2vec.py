@@ -516,8 +516,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         with one of the baselines gives a model of its class.
 
         Raises:
-            ValueError: the weights lack tensors of this model, hold others or are damaged, or the folder is not one of
-                Causal2Vec's.
+            ValueError: the weights or the adapter's lack tensors of this model, hold others or are damaged, or the folder is
+                not one of Causal2Vec's.
         """
         attention = kwargs.get("attn_implementation")
         if isinstance(attention, dict) and not set(attention) <= {"", *cls.config_class.sub_configs}:
@@ -531,7 +531,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             of_adapter = ("config", "revision", "subfolder", "adapter_kwargs")
             of_base = {name: value for name, value in kwargs.items() if name not in of_adapter}
             model, info = cls.from_pretrained(base, *model_args, output_loading_info=True, **of_base)
-            model.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub_kwargs)
+            adapter = model.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub_kwargs)
+            if missing := sorted(adapter.missing_keys):
+                raise ValueError(
+                    f"The adapter {pretrained_model_name_or_path} left {len(missing)} weights unset, such as {missing[:5]}: "
+                    "its file is of another model, or transformers is 5.17, which skips modules trained in full; get 5.18."
+                )
             return (model, info) if output_loading_info else model
         config = kwargs.get("config")
         if config is not None:
