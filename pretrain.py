@@ -3,11 +3,10 @@
 Not part of the paper, which starts from published LLMs; this gives the repository a decoder of its own that is small
 enough for a git clone. Three steps, each skipped when its result is already there: train the tokenizer on a sample of
 the corpus, write the corpus as one file of token ids, train next-token prediction with transformers' Trainer (an
-interrupted run resumes from its last checkpoint). Pieces of text drawn by the seed are held out for perplexity.
+interrupted run resumes from its last checkpoint). Sizes and steps are the bundled decoder's by default: minutes on a
+GPU, hours without. Pieces of text drawn by the seed are held out for perplexity.
 
     python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder
-    python pretrain.py --corpus_dir ../shared/data/corpus --output_dir runs/decoder-2 --model runs/decoder \
-        --skip_tokens 5000000
 """
 
 import glob
@@ -44,20 +43,20 @@ class PretrainArguments:
         metadata={"help": "Decoder to go on from, a folder this script left; its tokenizer and sizes stay."},
     )
     shards: list[str] | None = field(default=None, metadata={"help": "File stems to use. Default: all in corpus_dir."})
-    vocab_size: int = field(default=8192, metadata={"help": "Entries of the BPE vocabulary, special tokens included."})
+    vocab_size: int = field(default=32768, metadata={"help": "Entries of the BPE vocabulary, special tokens included."})
     hidden_size: int = field(default=384, metadata={"help": "Width of the decoder."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the decoder."})
     intermediate_size: int = field(default=1024, metadata={"help": "Width of the decoder's MLP."})
     max_tokens: int = field(
-        default=5_000_000, metadata={"help": "Training tokens to prepare, spread over shards by size."}
+        default=60_000_000, metadata={"help": "Training tokens to prepare at most, spread over shards by size."}
     )
     skip_tokens: int = field(default=0, metadata={"help": "Tokens to pass over, which --model has been trained on."})
     heldout_tokens: int = field(default=100_000, metadata={"help": "Tokens kept back to measure perplexity."})
     seq_len: int = field(default=512, metadata={"help": "Tokens per training row."})
-    batch_size: int = field(default=16, metadata={"help": "Rows per step."})
-    max_steps: int = field(default=600, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=32, metadata={"help": "Rows per step."})
+    max_steps: int = field(default=7000, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the cosine schedule."})
-    save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling, initialisation and order."})
 
 
