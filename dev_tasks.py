@@ -31,7 +31,6 @@ class Source:
     documents: int = 1500
 
 
-ANSWER = "Given a question, retrieve passages that answer the question"
 SOURCES = [
     Source(
         "DevMedQuAD", "Retrieval", "medquad", "Given a medical question, retrieve passages that answer the question"
@@ -43,7 +42,7 @@ SOURCES = [
     Source("DevSciTail", "Retrieval", "scitail", "Given a scientific statement, retrieve a sentence that supports it"),
     Source("DevParaSCI", "Retrieval", "parasci", "Retrieve semantically similar text"),
     Source("DevTLDR", "Retrieval", "tldr_pages", "Given a task on the command line, retrieve the command that does it"),
-    Source("DevTrecQA", "Reranking", "trecqa_wang", ANSWER),
+    Source("DevTrecQA", "Reranking", "trecqa_wang", "Given a question, retrieve passages that answer the question"),
     Source("DevSNLI", "PairClassification", "snli_devtest", "Retrieve semantically similar text", queries=600),
     Source("DevTextbook", "Clustering", "openstax_us_history", "Identify the main theme of the given paragraphs"),
     Source("DevPEPs", "Clustering", "peps", "Identify the topic or theme of the given paragraphs"),
@@ -113,7 +112,7 @@ def classes(source: Source, rows: Sequence[dict], longest: int) -> Tables:
     return {"default": {"train": table[::2], "test": table[1::2]}}
 
 
-def groups(source: Source, documents: Sequence[str], longest: int, rng: random.Random) -> Tables:
+def groups(documents: Sequence[str], longest: int, rng: random.Random) -> Tables:
     """Paragraphs of up to 20 long documents, up to 25 of each, to be grouped by document."""
     lines = [[line for line in document.splitlines() if 150 <= len(line) <= longest] for document in documents]
     lines = [paragraphs for paragraphs in lines if len(paragraphs) >= 15]
@@ -155,7 +154,7 @@ def make_tables(source: Source, path: Path, longest: int, seed: int) -> Tables:
     """
     rng = random.Random(f"{seed} {source.name}")
     if source.type == "Clustering":
-        tables = groups(source, list(read_documents(str(path))), longest, rng)
+        tables = groups(list(read_documents(str(path))), longest, rng)
     else:
         rows = list(read_rows(str(path)))
         rng.shuffle(rows)
