@@ -3,7 +3,7 @@
 `sorted_batches` sorts texts by their length in tokens, longest first, so that rows of a batch hardly differ and too large
 a batch shows at once. `packed_states` goes further: it joins the rows of a batch into one without padding, and attention
 runs over each run of equally long rows by itself. Invariants: every text is in exactly one batch, no vector depends on
-which, and no row sees another. On GPUs in half precision torch's variable-length kernel takes all runs at once.
+which, and no row sees another. On GPUs in half precision the variable-length kernel of torch 2.12 takes all runs at once.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from transformers.utils import logging
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    if "window_size" not in inspect.signature(varlen_attn).parameters:  # an older torch's
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():  # torch 2.11's and older
         varlen_attn = None
 except ImportError:
     varlen_attn = None

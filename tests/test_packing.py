@@ -1,6 +1,10 @@
 """packing.py: no batching and no packing changes a vector."""
 
+import importlib.util
 import logging
+import sys
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -202,9 +206,27 @@ class TestPacked:
             assert np.abs(encoded - plain(model, TEXTS, instruction)).max() <= 1e-5
         assert set(calls) == {False, True}
 
-    def test_the_gpus_kernel_is_not_used_here(self):
+    def test_the_gpus_kernel_is_not_used_on_a_cpu(self):
         assert not packing.has_varlen_kernel(torch.zeros(1))
-        assert packing.varlen_attn is not None
+
+    def test_a_kernel_without_grouped_heads_is_not_used(self, monkeypatch):
+        def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+            """As torch 2.11's."""
+
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+        spec = importlib.util.spec_from_file_location("packing_beside_an_older_torch", packing.__file__)
+        older = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, older)
+        spec.loader.exec_module(older)
+        assert older.varlen_attn is None
+
+    def test_what_the_kernel_is_given_is_what_torch_takes(self, monkeypatch):
+        if packing.varlen_attn is None:
+            pytest.skip("this torch has no kernel for grouped heads")
+        monkeypatch.setattr(packing, "varlen_attn", create_autospec(packing.varlen_attn))
+        rows = torch.zeros(1, 2, 5, 8)  # (1, heads, total, head_dim)
+        packing._attend_varlen(rows, rows[:, :1], rows[:, :1], packing.Packing([3, 2]), None, None, 0.5, 0.0)
+        packing.varlen_attn.assert_called_once()
 
     def test_the_decoder_reads_no_padding(self, model):
         seen = []
