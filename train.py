@@ -161,6 +161,10 @@ class Causal2VecTrainingArguments(TrainingArguments):
     """How it is trained: transformers' own arguments, the loss's, and this script's."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The projector's own peak learning rate. Default: --learning_rate, as in the paper."},
+    )
     warmup_steps: float = field(default=300, metadata={"help": "Steps to the peak."})
     max_steps: int = field(
         default=1000, metadata={"help": "Optimizer steps; training stops here. -1: as --num_train_epochs says."}
@@ -249,6 +253,18 @@ class Causal2VecTrainer(Trainer):
         )
         # A stream already gives each rank its own batches.
         return loader if streamed else self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.projector_learning_rate is not None:
+            optimizer = super().create_optimizer(model)
+            parameters = (self.model if model is None else model).named_parameters()
+            projector = {id(weight) for name, weight in parameters if "projector." in name}
+            for group in list(optimizer.param_groups):
+                its = [weight for weight in group["params"] if id(weight) in projector]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
+                if its:
+                    optimizer.add_param_group({**group, "params": its, "lr": self.args.projector_learning_rate})
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -668,6 +684,8 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     model = choose_parameters(base, model_args)
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     start = {name: weight.detach().clone() for name, weight in trained} if args.interpolation < 1 else {}
+    if args.projector_learning_rate is not None and base.projector is None:
+        raise ValueError(f"--projector_learning_rate: the baseline {base.baseline!r} has no projector; leave it out.")
     if args.distillation and not reads_encoder_once(model):
         raise ValueError(
             "--distillation keeps the vectors of a frozen encoder with one Contextual token; this model has none. Use "

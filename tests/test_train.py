@@ -369,6 +369,22 @@ def test_the_scheduler_has_a_horizon_of_its_own(run):
     assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3 * 5 / 6])
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_the_projector_has_a_learning_rate_of_its_own(run, tmp_path, how):
+    flags = ("--train_decoder", how, "--learning_rate", 0)
+    start = load_file(run(*flags, output_dir=tmp_path / "start") / "model.safetensors")
+    folder = run(*flags, "--projector_learning_rate", 1e-2, output_dir=tmp_path / "moved")
+    moved = load_file(folder / "model.safetensors")
+    changed = {name for name, weight in moved.items() if not torch.equal(weight, start[name])}
+    assert changed == {name for name in start if name.startswith("projector.")}
+    assert json.loads((folder.parent / "training.json").read_text())["arguments"]["projector_learning_rate"] == 1e-2
+
+
+def test_a_learning_rate_for_a_projector_that_is_not_there(run):
+    with pytest.raises(ValueError, match="'last_token' has no projector"):
+        run("--baseline", "last_token", "--projector_learning_rate", 1e-2)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
     forward = train.InfoNCE.forward
     calls = []
