@@ -309,7 +309,7 @@ def arguments_read(model_args, data_args, args: TrainingArguments, more) -> dict
     unread = (
         "train_decoder train_encoder lora_r lora_alpha lora_dropout optim optim_args adam_beta1 adam_beta2 adam_epsilon "
         "gradcache matryoshka_dims temperature distillation interpolation num_negatives max_examples train_max_length "
-        "scheduler_steps share_heads"
+        "scheduler_steps share_heads projector_learning_rate"
     )
     return without_machine_paths({name: value for name, value in arguments.items() if name not in unread.split()})
 
