@@ -255,8 +255,9 @@ class Causal2VecTrainer(Trainer):
         return loader if streamed else self.accelerator.prepare(loader)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.projector_learning_rate is not None:
-            optimizer = super().create_optimizer(model)
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.args.projector_learning_rate is not None and not made_before:
             parameters = (self.model if model is None else model).named_parameters()
             projector = {id(weight) for name, weight in parameters if "projector." in name}
             for group in list(optimizer.param_groups):
@@ -264,7 +265,7 @@ class Causal2VecTrainer(Trainer):
                 group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
                 if its:
                     optimizer.add_param_group({**group, "params": its, "lr": self.args.projector_learning_rate})
-        return super().create_optimizer(model)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
