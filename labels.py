@@ -232,8 +232,9 @@ def look_at_contextual_token(model: Causal2VecModel, head: int, vectors: torch.T
 
 class LabelBatches(torch.utils.data.Dataset):
     """
-    Batch `i`, drawn by `(seed, i)`: of one labelled dataset with one of its instructions, and rows of it as examples where
-    [`WordBatches`] has examples; or of texts as [`WordBatches`] draws them. Its last field names the dataset, or is None.
+    Batch `i`, drawn by `(seed, i)`: of one labelled dataset with one of its instructions, half of them with 1 to 8 rows of it
+    as examples, which have 1,600 characters in all at most; or of texts as [`WordBatches`] draws them. Its last field names
+    the dataset, or is None.
     """
 
     def __init__(self, plain: WordBatches, labelled: dict[str, tuple[WordBatches, list[dict]]], share: float):
@@ -248,10 +249,9 @@ class LabelBatches(torch.utils.data.Dataset):
             return *self.plain[index][:3], None
         name = rng.choice(sorted(self.labelled))
         batches, rows = self.labelled[name]
-        texts, _, examples, _ = batches[index]
-        drawn = rng.sample(rows, len(examples))
-        examples = [{"query": row["query"][:200], "response": row["positive"]} for row in drawn]
-        return texts, rng.choice(batches.instructions), examples, name
+        drawn = rng.sample(rows, min(len(rows), rng.choice([0] * 8 + list(range(1, 9)))))
+        examples = [{"query": row["query"][: 1600 // len(drawn)], "response": row["positive"]} for row in drawn]
+        return batches[index][0], rng.choice(batches.instructions), examples, name
 
 
 class LabelCollator:

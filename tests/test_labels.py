@@ -235,6 +235,23 @@ def test_labelled_rows_held_out(tmp_path):
     assert not any(one in other or other in one for one in kept for other in rest)
 
 
+def test_labelled_batches_have_labelled_examples():
+    rows = [{"query": f"{number} " + "word " * 300, "positive": "yes"} for number in range(20)]
+    texts = bag_of_words.WordBatches([row["query"] for row in rows], [300] * 20, [INSTRUCTION], 1024, 200, seed=3)
+    batches = labels.LabelBatches(texts, {"rows": (texts, rows)}, share=1.0)
+    drawn = [batches[index] for index in range(200)]
+    assert {(instruction, name) for _, instruction, _, name in drawn} == {(INSTRUCTION, "rows")}
+    counts = Counter(len(examples) for _, _, examples, _ in drawn)
+    assert counts.keys() == set(range(9)) and 70 < counts[0] < 130
+    for _, _, examples, _ in drawn:
+        assert sum(len(example["query"]) for example in examples) <= 1600
+        assert all({"query": example["query"], "response": "yes"} == example for example in examples)
+        numbers = [example["query"].split()[0] for example in examples]
+        assert len(numbers) == len({*numbers})
+    few = labels.LabelBatches(texts, {"rows": (texts, rows[:2])}, share=1.0)
+    assert max(len(few[index][2]) for index in range(50)) == 2  # all there are
+
+
 def test_one_label_is_none(run, tmp_path):
     (tmp_path / "one.jsonl").write_text(
         "".join(json.dumps({"query": f"cats {i}", "positive": "yes"}) + "\n" for i in range(60))
