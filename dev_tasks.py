@@ -5,6 +5,8 @@ was trained on: compare models that were trained on the same, and believe small 
 
     python dev_tasks.py --train_dir train --corpus_dir corpus --labels_dir runs/labels --output_dir runs/dev
     python eval_mteb.py --model . --tasks all --data_dir runs/dev --output runs/dev-scores
+
+Of a task with classes, in-context examples are written too, one of each class, to `OUTPUT_DIR-examples/` for `--icl`.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import read_rows
+from eval_report import write_json
 from pretrain import read_documents
 
 
@@ -112,6 +115,13 @@ def classes(source: Source, rows: Sequence[dict], longest: int) -> Tables:
     return {"default": {"train": table[::2], "test": table[1::2]}}
 
 
+def class_examples(source: Source, rows: Sequence[dict], longest: int) -> list[dict]:
+    """In-context examples: of each class the first row that [`classes`] leaves out, where there is one."""
+    rows = [row for row in rows if len(row["query"]) <= longest][source.documents :]
+    first = {row["positive"]: row["query"] for row in reversed(rows)}
+    return [{"query": first[name], "response": name} for name in sorted(first)]
+
+
 def groups(documents: Sequence[str], longest: int, rng: random.Random) -> Tables:
     """Paragraphs of up to 20 long documents, up to 25 of each, to be grouped by document."""
     lines = [[line for line in document.splitlines() if 150 <= len(line) <= longest] for document in documents]
@@ -145,6 +155,13 @@ def find_source(source: Source, args: argparse.Namespace) -> Path:
     return found[0]
 
 
+def shuffled_rows(source: Source, path: Path, seed: int) -> list[dict]:
+    """The rows of a file in the order in which a task takes them."""
+    rows = list(read_rows(str(path)))
+    random.Random(f"{seed} {source.name}").shuffle(rows)
+    return rows
+
+
 def make_tables(source: Source, path: Path, longest: int, seed: int) -> Tables:
     """
     What a task's folder holds, the same for the same seed.
@@ -152,12 +169,10 @@ def make_tables(source: Source, path: Path, longest: int, seed: int) -> Tables:
     Raises:
         ValueError: the file has nothing that the task could be made of.
     """
-    rng = random.Random(f"{seed} {source.name}")
     if source.type == "Clustering":
-        tables = groups(list(read_documents(str(path))), longest, rng)
+        tables = groups(list(read_documents(str(path))), longest, random.Random(f"{seed} {source.name}"))
     else:
-        rows = list(read_rows(str(path)))
-        rng.shuffle(rows)
+        rows = shuffled_rows(source, path, seed)
         make = {"PairClassification": pairs, "Classification": classes}.get(source.type, search)
         tables = make(source, rows, longest)
     empty = [f"{config}, {split}" for config, splits in tables.items() for split, table in splits.items() if not table]
@@ -204,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source, path in chosen:
         tables = make_tables(source, path, args.longest, args.seed)
         write_task(args.output_dir / source.name, source, tables)
+        if source.type == "Classification":
+            folder = args.output_dir.with_name(f"{args.output_dir.name}-examples")
+            rows = shuffled_rows(source, path, args.seed)
+            write_json(folder / f"{source.name}.json", class_examples(source, rows, args.longest))
         sizes = [
             f"{len(table)} {config} {split}" for config, splits in tables.items() for split, table in splits.items()
         ]

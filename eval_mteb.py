@@ -496,10 +496,14 @@ def analyze(encoder: MTEBEncoder, tasks: Sequence, output: str | Path, count: in
 
     Returns:
         `lengths` and `norms`, each task -> numbers; also written as JSON, with a PNG of each.
+
+    Raises:
+        ValueError: `output` holds another model's, or those of another setting.
     """
     import numpy as np
 
     output, lengths, norms = Path(output), {}, {}
+    check_settings(output, encoder.settings)
     for task in tasks:
         side = "query" if task.type in ("Retrieval", "Reranking") else None
         metadata = task.leaves()[0].metadata

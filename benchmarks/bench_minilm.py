@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bench_encode import interleaved, log, read_instruction, read_texts, size_without_embeddings  # noqa: E402
 
 from eval_report import markdown_table, write_json, write_text  # noqa: E402
+from mteb_encoder import locate  # noqa: E402
 
 
 SIDES = ("causal2vec", "baseline")
@@ -81,6 +82,7 @@ def measure(args: argparse.Namespace) -> dict:
     towers = {name: getattr(ours[0].model, name) for name in ("decoder", "projector", "encoder")}
     prompts = {ONE_BY_ONE: ours.prompts["query"] or None, "short texts": read_instruction("STSBenchmark")}
     results = {
+        "revision": locate(args.model).revision,
         "device": f"{torch.get_num_threads()} CPU threads ({platform.machine()})",
         **{module.__name__: module.__version__ for module in (torch, transformers, sentence_transformers)},
         **{name: getattr(args, name) for name in ("batch_size", "repeats")},

@@ -73,6 +73,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     from dev import STSDev, load_pack
     from modeling_causal2vec import Causal2VecModel
+    from mteb_encoder import locate
 
     model = Causal2VecModel.from_pretrained(args.model)
     instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict:
             ranges = np.stack([known.min(0), known.max(0)])
             first, second = (torch.from_numpy(store(side, row["precision"], ranges)) for side in (first, second))
             row["scores"][name] = 100 * pack.compare(first, second)
-    return {"model": Path(args.model).resolve().name, "packs": args.packs, "documents": documents, "rows": rows}
+    return {"revision": locate(args.model).revision, "packs": args.packs, "documents": documents, "rows": rows}
 
 
 def write(results: dict, output: Path) -> None:

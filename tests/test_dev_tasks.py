@@ -54,10 +54,26 @@ def test_mteb_reads_every_task(sources, tmp_path):
 
     table = tasks["DevSNLI"].task.dataset["test"]
     assert {(row["sentence2"].split()[0], row["labels"]) for row in table} == {("positive", 1), ("negative", 0)}
+    assert sorted(path.name for path in (tmp_path / "dev-examples").iterdir()) == [
+        "DevEmotion.json",
+        "DevSentiment.json",
+    ]
     table = tasks["DevEmotion"].task.dataset
     assert {len(table[split]) for split in ("train", "test")} == {15}
     assert {(int(row["text"].split()[1]) % 3, row["label"]) for row in table["test"]} == {(0, 0), (1, 1), (2, 2)}
     assert set(tasks["DevPEPs"].task.dataset["test"]["labels"]) == {0, 1, 2}
+
+
+def test_examples_are_one_of_each_class_and_not_of_the_task():
+    rows = [{"query": f"q{n}", "positive": "ab"[n % 2]} for n in range(9)] + [{"query": "long" * 9, "positive": "c"}]
+    source = dev_tasks.Source("Dev", "Classification", "x", "y", documents=4)
+    asked = dev_tasks.classes(source, rows, longest=9)["default"]
+    assert sorted(row["text"] for table in asked.values() for row in table) == ["q0", "q1", "q2", "q3"]
+    assert dev_tasks.class_examples(source, rows, longest=9) == [
+        {"query": "q4", "response": "a"},
+        {"query": "q5", "response": "b"},
+    ]
+    assert dev_tasks.class_examples(source, rows[:4], longest=9) == []
 
 
 def test_the_same_seed_makes_the_same_tasks(sources, tmp_path):

@@ -802,6 +802,10 @@ def test_lengths_and_norms_are_what_they_say(checkpoint, tiny_model, data_dir, t
     assert norms["SciFact"]["eos"] == pytest.approx(np.linalg.norm(eos, axis=1).mean(), rel=1e-5)
     for name in ("lengths.png", "norms.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((output / "settings.json").read_text())
+    assert settings["revision"] == mteb_encoder.folder_identity(checkpoint, True)
+    with pytest.raises(ValueError, match="holds results of another dtype"):
+        eval_mteb.main([*cli(checkpoint, data_dir, output), "--tasks", "STS16", "--analyze", "--dtype", "bf16"])
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import storage  # noqa: E402
 
+from mteb_encoder import folder_identity  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def vectors(tiny_model) -> np.ndarray:
@@ -41,7 +43,7 @@ def test_table_and_picture(tmp_path):
         {"dim": 8, "precision": "float32", "bytes": 32.0, "scores": {"A": 80.0, "B": 60.0}},
         {"dim": 8, "precision": "binary", "bytes": 1.0, "scores": {"A": 78.0, "B": 55.0}},
     ]
-    storage.write({"model": "x", "packs": ["A", "B"], "documents": {"A": None, "B": 7}, "rows": rows}, tmp_path)
+    storage.write({"revision": "x", "packs": ["A", "B"], "documents": {"A": None, "B": 7}, "rows": rows}, tmp_path)
     table = (tmp_path / "storage.md").read_text()
     assert "| 8 | binary | 1 | 78.00 | 55.00 | 3.50 |" in table
     assert "B: 7 documents." in table
@@ -70,7 +72,9 @@ def test_a_pack_is_measured(saved_dir, tmp_path):
     datasets.Dataset.from_dict(pairs).to_parquet(folder / "test-00000-of-00001.parquet")
     packs = ["--data_dir", str(tmp_path / "packs"), "--packs", "STSBenchmark"]
     storage.main(["--model", str(saved_dir), *packs, "--output", str(tmp_path / "out")])
-    rows = json.loads((tmp_path / "out" / "storage.json").read_text())["rows"]
+    results = json.loads((tmp_path / "out" / "storage.json").read_text())
+    assert results["revision"] == folder_identity(saved_dir, True)
+    rows = results["rows"]
     assert [(row["dim"], row["precision"]) for row in rows[:5]] == [
         (64, "float32"), (64, "float16"), (64, "int8"), (64, "binary"), (32, "float32"),
     ]  # fmt: skip
