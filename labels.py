@@ -233,8 +233,8 @@ def look_at_contextual_token(model: Causal2VecModel, head: int, vectors: torch.T
 class LabelBatches(torch.utils.data.Dataset):
     """
     Batch `i`, drawn by `(seed, i)`: of one labelled dataset with one of its instructions, half of them with 1 to 8 rows of it
-    as examples, whose texts have 1,600 characters in all at most; or of texts as [`WordBatches`] draws them. Its last field names
-    the dataset, or is None.
+    as examples, whose texts have 1,600 characters in all at most; or of texts as [`WordBatches`] draws them. Its last field
+    names the dataset, or is None.
     """
 
     def __init__(self, plain: WordBatches, labelled: dict[str, tuple[WordBatches, list[dict]]], share: float):
