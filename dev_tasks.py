@@ -155,26 +155,27 @@ def find_source(source: Source, args: argparse.Namespace) -> Path:
     return found[0]
 
 
-def shuffled_rows(source: Source, path: Path, seed: int) -> list[dict]:
-    """The rows of a file in the order in which a task takes them."""
+def read_source(source: Source, path: Path, rng: random.Random) -> list:
+    """What a task is made of: the documents of a corpus shard, or the rows of a file in the order in which it takes them."""
+    if source.type == "Clustering":
+        return list(read_documents(str(path)))
     rows = list(read_rows(str(path)))
-    random.Random(f"{seed} {source.name}").shuffle(rows)
+    rng.shuffle(rows)
     return rows
 
 
-def make_tables(source: Source, path: Path, longest: int, seed: int) -> Tables:
+def make_tables(source: Source, path: Path, found: list, longest: int, rng: random.Random) -> Tables:
     """
-    What a task's folder holds, the same for the same seed.
+    What a task's folder holds, made of what [`read_source`] found in the file.
 
     Raises:
         ValueError: the file has nothing that the task could be made of.
     """
     if source.type == "Clustering":
-        tables = groups(list(read_documents(str(path))), longest, random.Random(f"{seed} {source.name}"))
+        tables = groups(found, longest, rng)
     else:
-        rows = shuffled_rows(source, path, seed)
         make = {"PairClassification": pairs, "Classification": classes}.get(source.type, search)
-        tables = make(source, rows, longest)
+        tables = make(source, found, longest)
     empty = [f"{config}, {split}" for config, splits in tables.items() for split, table in splits.items() if not table]
     if empty:
         raise ValueError(f"{path} has no rows for {source.name} ({'; '.join(empty)}): are they of another kind?")
@@ -217,12 +218,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     chosen = [(source, find_source(source, args)) for source in SOURCES if source.name in args.tasks]
     for source, path in chosen:
-        tables = make_tables(source, path, args.longest, args.seed)
+        rng = random.Random(f"{args.seed} {source.name}")
+        found = read_source(source, path, rng)
+        tables = make_tables(source, path, found, args.longest, rng)
         write_task(args.output_dir / source.name, source, tables)
         if source.type == "Classification":
             folder = args.output_dir.with_name(f"{args.output_dir.name}-examples")
-            rows = shuffled_rows(source, path, args.seed)
-            write_json(folder / f"{source.name}.json", class_examples(source, rows, args.longest))
+            write_json(folder / f"{source.name}.json", class_examples(source, found, args.longest))
         sizes = [
             f"{len(table)} {config} {split}" for config, splits in tables.items() for split, table in splits.items()
         ]
