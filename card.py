@@ -24,7 +24,7 @@ TEMPLATE = """
 ## Training
 
 {steps} steps of {global_batch_size} rows, temperature {temperature}, peak learning rate {learning_rate}, seed {seed};
-{trained}{distillation}{interpolation}. Final loss {final_loss:.4f}. All
+{trained}. Final loss {final_loss:.4f}. All
 arguments and the log are in `training.json`.
 
 | dataset | from | rows | per epoch | licence | instructions |
@@ -87,18 +87,11 @@ def write_card(
         for tower in towers
     }
     trained = ", ".join(f"{tower}: {arguments[f'train_{tower}']}" for tower in reversed(towers))
-    weight, share = arguments.get("distillation"), arguments.get("interpolation", 1)
     text = TEMPLATE.format(
         name=name,
         adapter=ADAPTER if Path(folder, "adapter_config.json").is_file() else "",
         steps=facts["steps"],
         global_batch_size=plan["global_batch_size"],
-        distillation=f"; similarities distilled from the encoder, weight {weight}, which the loss includes"
-        if weight
-        else "",
-        interpolation=f"; saved weights interpolated, {share} of the way from the start to the end of training"
-        if share < 1
-        else "",
         final_loss=facts["final_loss"],
         datasets="\n".join(map(dataset_row, plan["datasets"], sources)),
         results=results_table(scores),

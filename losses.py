@@ -88,25 +88,6 @@ class InfoNCE(torch.nn.Module):
         return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
 
 
-def similarity_distillation(embeddings: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """
-    How far the similarities within a batch (of one rank) are from a teacher's: 1 less the correlation of their cosines
-    over all pairs of texts. Not in the paper: it keeps what a frozen encoder knows about kinds of text that the training
-    data lack. A correlation leaves scale and offset free, so that an EOS state that still says little may say nothing.
-
-    Args:
-        embeddings (`(batch, dim)`): What is trained.
-        teacher (`(batch, teacher_dim)`): The teacher's vectors of the same texts.
-    """
-
-    def deviations(vectors: torch.Tensor) -> torch.Tensor:
-        vectors = F.normalize(vectors.float(), dim=-1)
-        cosines = (vectors @ vectors.T)[~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)]
-        return F.normalize(cosines - cosines.mean(), dim=0)  # (batch * (batch - 1),)
-
-    return 1 - (deviations(embeddings) * deviations(teacher)).sum()
-
-
 def known_positives(
     query_ids: torch.Tensor,
     positive_ids: torch.Tensor,

@@ -1,7 +1,7 @@
 """Trains a Causal2Vec model: InfoNCE with LoRA or in full, as in the paper's recipes (section 4.1, appendix A).
 
-    python train.py recipes/tiny.json
-    python train.py recipes/tiny.json --output_dir runs/mine --resume
+    python train.py recipes/smollm2-135m.json
+    python train.py recipes/smollm2-135m.json --output_dir runs/mine --resume
 
 A recipe is a JSON file of the arguments below; flags behind it win over it. Everything around the loss is transformers'
 Trainer: logging, checkpoints, resuming, accelerate, FSDP, DeepSpeed. Left in `output_dir`: `model/` (a complete folder
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -44,7 +43,7 @@ from data import (
     stream_rows,
 )
 from eval_report import write_json
-from losses import InfoNCE, gradcache_backward, similarity_distillation, split_by_length
+from losses import InfoNCE, gradcache_backward, split_by_length
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE
 
@@ -90,14 +89,6 @@ class ModelArguments:
         metadata={"help": "The model's limit of the encoder's sequence. Default: 512 or what the encoder has."},
     )
 
-    projector_identity: float | None = field(
-        default=None,
-        metadata={
-            "help": "Start the projector as this multiple of the identity, with --model too, so that the Contextual token's "
-            "state starts out close to the encoder's own vector. Needs an encoder no wider than the decoder. Without effect "
-            "where there is no projector."
-        },
-    )
     pooling: str | None = field(
         default=None,
         metadata={
@@ -161,10 +152,6 @@ class Causal2VecTrainingArguments(TrainingArguments):
     """How it is trained: transformers' own arguments, the loss's, and this script's."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "The projector's own peak learning rate. Default: --learning_rate, as in the paper."},
-    )
     warmup_steps: float = field(default=300, metadata={"help": "Steps to the peak."})
     max_steps: int = field(
         default=1000, metadata={"help": "Optimizer steps; training stops here. -1: as --num_train_epochs says."}
@@ -186,23 +173,8 @@ class Causal2VecTrainingArguments(TrainingArguments):
             "help": "Rows of a batch with the same instruction read it once; gradients are the same. Without effect under gradient checkpointing or dropout."
         },
     )
-    distillation: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a second loss, 1 less the correlation of the similarities within a rank's batch with those "
-            "of the encoder's own vectors. Needs a frozen encoder. 0: none, as in the paper."
-        },
-    )
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Embedding sizes at which the loss is taken too."}
-    )
-    interpolation: float = field(
-        default=1.0,
-        metadata={
-            "help": "Save weights this far along the line from where training began to where it ended (WiSE-FT, arXiv "
-            "2109.01903), which keeps more of what the start knew. 1: the trained weights, as in the paper. With "
-            "--resume, a finished run is saved anew. Not with LoRA."
-        },
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir, if any."}
@@ -253,19 +225,6 @@ class Causal2VecTrainer(Trainer):
         )
         # A stream already gives each rank its own batches.
         return loader if streamed else self.accelerator.prepare(loader)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if self.args.projector_learning_rate is not None and not made_before:
-            parameters = (self.model if model is None else model).named_parameters()
-            projector = {id(weight) for name, weight in parameters if "projector." in name}
-            for group in list(optimizer.param_groups):
-                its = [weight for weight in group["params"] if id(weight) in projector]
-                group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
-                if its:
-                    optimizer.add_param_group({**group, "params": its, "lr": self.args.projector_learning_rate})
-        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -343,10 +302,6 @@ class Causal2VecTrainer(Trainer):
             NonFiniteLoss: it is NaN or infinite.
         """
         loss = self.loss(queries, documents, inputs["query_ids"], inputs["document_ids"])
-        if self.args.distillation:
-            teacher = torch.cat([inputs[side]["encoder_embedding"] for side in ("queries", "documents")])
-            distance = similarity_distillation(torch.cat([queries, documents]), teacher)
-            loss = loss + self.args.distillation * distance
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"Loss is {loss.item()} at step {self.state.global_step} on dataset {inputs['dataset']!r}, rows "
@@ -422,60 +377,10 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     else:
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        if args.projector_identity is not None and encoder is not None:
-            settings["projector_hidden_size"] = 2 * backbone_width(encoder)
         model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
             encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
         )
-    if args.projector_identity is not None and model.projector is not None:
-        start_projector_as_identity(model.projector, args.projector_identity, last_norm(model.decoder))
     return model
-
-
-def backbone_width(name: str) -> int:
-    """The hidden size of a backbone, from its configuration alone."""
-    return AutoConfig.from_pretrained(name).get_text_config().hidden_size
-
-
-@torch.no_grad()
-def start_projector_as_identity(projector, scale: float, gains: torch.Tensor | None = None) -> None:
-    """
-    Makes the projector give `scale` times its input, padded with zeros: GELU(x) - GELU(-x) = x. Each number is divided by
-    the gain that the decoder's last norm will multiply it with, so that what comes out is the input again as far as
-    `scale` outweighs what the layers add. Learnable queries, where it has them, start out close to the mean of what they
-    attend to.
-
-    Raises:
-        ValueError: the decoder is narrower than the encoder, the activation is not GELU, or there are not twice as many
-            hidden units as the encoder has numbers.
-    """
-    size, width = projector.linear_1.in_features, projector.linear_2.out_features
-    if projector.linear_1.out_features != 2 * size:
-        raise ValueError(
-            f"--projector_identity needs a projector with {2 * size} hidden units, which two joined backbones get with it; "
-            f"this model's has {projector.linear_1.out_features}."
-        )
-    if width < size or not torch.allclose(projector.act(torch.ones(1)) - projector.act(-torch.ones(1)), torch.ones(1)):
-        raise ValueError(
-            f"--projector_identity needs a decoder at least as wide as the encoder and the activation gelu; got "
-            f"{width} for {size}."
-        )
-    identity = torch.eye(width, size)  # (width, size)
-    if gains is not None:
-        identity /= gains.float().abs().clamp(min=0.1 * float(gains.float().abs().mean())).unsqueeze(-1)
-    projector.linear_1.weight.copy_(torch.cat([torch.eye(size), -torch.eye(size)]))  # (2 * size, size)
-    projector.linear_2.weight.copy_(scale * torch.cat([identity, -identity], dim=1))  # (width, 2 * size)
-    if projector.queries is not None:
-        attention = projector.queries.attention
-        attention.in_proj_weight[-size:] = attention.out_proj.weight.copy_(torch.eye(size))  # values as they are
-    for linear in (projector.linear_1, projector.linear_2):
-        if linear.bias is not None:
-            linear.bias.zero_()
-
-
-def last_norm(decoder) -> torch.Tensor | None:
-    """The gains of the norm behind a decoder's last layer, where transformers' usual name leads to them."""
-    return getattr(getattr(decoder, "norm", None), "weight", None)
 
 
 def choose_parameters(model: Causal2VecModel, args: ModelArguments):
@@ -514,14 +419,6 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
     return model
 
 
-@torch.no_grad()
-def interpolate(model, start: dict[str, torch.Tensor], weight: float) -> None:
-    """Moves the parameters to `(1 - weight) * start + weight * parameter`, for all names in `start`."""
-    for name, parameter in model.named_parameters():
-        if name in start:
-            parameter.lerp_(start[name].to(parameter), 1 - weight)
-
-
 def lora_targets(model: Causal2VecModel, tower: str) -> str:
     """A pattern for all linear layers of one tower and nothing else."""
     names = {
@@ -542,7 +439,7 @@ def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tup
     from dev import held_out, load_pack
 
     if args.data_file is None:
-        raise ValueError("--data_file is missing: a JSON list of datasets, such as recipes/data/tiny.json.")
+        raise ValueError("--data_file is missing: a JSON list of datasets, such as recipes/data/bundled.json.")
     if args.streaming and training.max_steps < 1:
         raise ValueError("The length of a stream is not known: --streaming needs --max_steps.")
     if args.streaming and args.dev_rows:
@@ -638,15 +535,15 @@ def plot(log: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def parse(argv: list[str], *more: type) -> tuple:
+def parse(argv: list[str]) -> tuple:
     """
-    Arguments from flags, or from a recipe and the flags behind it: [`ModelArguments`], [`DataArguments`],
-    [`Causal2VecTrainingArguments`], and one of each further dataclass in `more`.
+    Arguments from flags, or from a recipe and the flags behind it: [`ModelArguments`], [`DataArguments`] and
+    [`Causal2VecTrainingArguments`].
 
     Raises:
         ValueError: the recipe has an unknown key.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments, *more))
+    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments))
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     if argv and argv[0].endswith(".json"):
         recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
@@ -671,27 +568,11 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
             f"--dtype {model_args.dtype} needs --bf16 true (or --fp16 true): what is trained stays in float32, and only "
             "autocast lets it read the other weights."
         )
-    if not 0 < args.interpolation <= 1:
-        raise ValueError(f"--interpolation must be above 0 and at most 1, got {args.interpolation}.")
-    if args.interpolation < 1 and "lora" in (model_args.train_decoder, model_args.train_encoder):
-        raise ValueError("--interpolation would leave an adapter that is not the model; train in full, or use 1.")
-    if not 0 <= args.distillation < math.inf:
-        raise ValueError(f"--distillation must be 0 or a positive number, got {args.distillation}.")
-
     data, dev_sets = load_data(data_args, args)
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base", args, resuming=checkpoint is not None)
     model = choose_parameters(base, model_args)
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    start = {name: weight.detach().clone() for name, weight in trained} if args.interpolation < 1 else {}
-    if args.projector_learning_rate is not None and base.projector is None:
-        raise ValueError(f"--projector_learning_rate: the baseline {base.baseline!r} has no projector; leave it out.")
-    if args.distillation and not reads_encoder_once(model):
-        raise ValueError(
-            "--distillation keeps the vectors of a frozen encoder with one Contextual token; this model has none. Use "
-            "--distillation 0."
-        )
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
     if args.gradcache:
@@ -739,18 +620,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         mini_batch_size=mini_batch_size,
         callbacks=[MarkComplete(), *callbacks],
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        if args.distillation:
-            raise ValueError(
-                "--distillation reads the encoder by itself, which FSDP and DeepSpeed do not allow; use 0."
-            )
-        if args.interpolation < 1:
-            raise ValueError("--interpolation needs whole weights, which FSDP and DeepSpeed do not keep; use 1.")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if args.interpolation < 1:
-        interpolate(trainer.accelerator.unwrap_model(trainer.model), start, args.interpolation)
-        if dev_sets:
-            trainer.evaluate()
     if trainer.is_world_process_zero():
         save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_dict()})
     return output / "model"

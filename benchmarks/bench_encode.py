@@ -1,7 +1,7 @@
 """What one text costs: Causal2Vec and the methods it is compared with, side by side (Causal2Vec, section 4.4).
 
     python benchmarks/bench_encode.py --data_dir ../shared/data/eval --examples_dir ../shared/spec/icl_examples
-    python benchmarks/bench_encode.py --redraw benchmarks/results/cpu.json
+    python benchmarks/bench_encode.py --redraw benchmarks/results/cuda-7b.json
 
 All methods read the same texts and instructions with the same decoder, in the same batches, sorted by length and padded
 on the right, each with the fastest attention that is exact for it. Tokenization is done before the clock starts, except

@@ -1,6 +1,6 @@
 """Speed beside all-MiniLM-L6-v2, the bundled encoder used alone, both through sentence-transformers.
 
-    python bundle.py --export_encoder bases/encoder                       # where the folder is missing
+    make bases                                                            # where bases/ is missing
     python benchmarks/bench_minilm.py --data_dir ../shared/data/eval
     python benchmarks/bench_minilm.py --redraw benchmarks/results/minilm
 

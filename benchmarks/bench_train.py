@@ -48,7 +48,7 @@ def data_file(args, folder: str) -> str:
     """A data file with the one dataset that is trained on."""
     from data import read_data_file
 
-    (spec,) = read_data_file(str(ROOT / "recipes/data/tiny.json"), [args.dataset])
+    (spec,) = read_data_file(str(ROOT / "recipes/data/bundled.json"), [args.dataset])
     path = Path(folder, "data.json")
     path.write_text(json.dumps([{"name": spec.name, "path": spec.path, "instructions": spec.instructions}]))
     return str(path)
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="checkpoint to train; default: the bundled one")
     parser.add_argument("--data_dir", default="../shared/data/train", help="folder of the training files")
-    parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/tiny.json with hard negatives")
+    parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/bundled.json with hard negatives")
     parser.add_argument("--batch_size", type=int, default=128, help="rows per step")
     parser.add_argument("--mini_batch_size", type=int, default=32, help="rows embedded at a time")
     parser.add_argument("--max_length", type=int, default=128, help="decoder tokens per row")

@@ -238,31 +238,3 @@ def offline(tmp_path_factory):
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
-
-
-@pytest.fixture
-def check_resuming(tmp_path, monkeypatch):
-    """Returns a function that stops a run of a Trainer after four steps, resumes it, and compares with a whole run."""
-
-    def check(run, trainer):
-        from safetensors.torch import load_file
-
-        whole = load_file(run(tmp_path / "whole") / "model.safetensors")
-        step = trainer.training_step
-
-        def stop(self, *args, **kwargs):
-            if self.state.global_step == 4:
-                raise KeyboardInterrupt
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(trainer, "training_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "part")
-        monkeypatch.undo()
-        with pytest.raises(ValueError, match="Add --resume"):
-            run(tmp_path / "part")
-        resumed = load_file(run(tmp_path / "part", "--resume") / "model.safetensors")
-        for name in whole:
-            torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5)
-
-    return check

@@ -34,7 +34,6 @@ def study(backbone_dir, tmp_path_factory):
         "data_dir": "nowhere",
         "learning_rate": 1e-2,
         "train_decoder": "full",
-        "projector_identity": 1.0,
         "matryoshka_dims": [32],
         "logging_steps": 1,
         "dataloader_pin_memory": False,
@@ -178,7 +177,7 @@ def test_other_encoders_have_rows_of_their_own():
     assert [row.label for row in ablation.rows_of("encoders", runs)][-1] == "mine"
     assert ablation.rows_of("tokens", runs) == ablation.STUDIES["tokens"][1]
     args = SimpleNamespace(study=["encoders"], icl=None, encoders={"mine": "folder"})
-    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "random_projector", "encoder:mine"]
+    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "encoder:mine"]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_names_that_are_folders(folder, run_facts):
 
 
 def test_scores_are_where_the_hub_looks(folder):
-    results = ROOT / "results" / "causal2vec-tiny"
+    results = ROOT / "results" / "all-MiniLM-L6-v2"
     summary = json.loads((results / "summary.json").read_text())
     found = made(folder, "--results", results)
     scores = {result.dataset_name: result for result in found.data.eval_results}

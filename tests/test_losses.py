@@ -14,8 +14,6 @@ from losses import (
     InfoNCE,
     RandomState,
     gradcache_backward,
-    known_positives,
-    similarity_distillation,
     split_by_length,
 )
 
@@ -46,50 +44,6 @@ def test_identical_embeddings_give_log_of_the_number_of_documents():
 def test_orthogonal_pairs_have_a_closed_form():
     loss = InfoNCE(temperature=0.25)(torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4))
     assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-4)), abs=1e-6)
-
-
-def test_distillation_by_hand():
-    teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
-    close = torch.tensor([[1.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
-    assert similarity_distillation(close, teacher).item() == pytest.approx(0, abs=1e-6)  # lengths do not count
-    constant = torch.cat([close / close.norm(dim=-1, keepdim=True), torch.ones(3, 4)], dim=1)
-    assert similarity_distillation(constant, teacher).item() == pytest.approx(0, abs=1e-6)  # nor does an offset
-    far = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    half = math.sqrt(0.5)
-    wanted, found = [0.0, half, half], [1.0, 0.0, 0.0]  # cosines of the three pairs
-    expected = 1 - float(torch.corrcoef(torch.tensor([wanted, found]))[0, 1])
-    assert similarity_distillation(far, teacher).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_known_positives_are_masked_and_curated_negatives_kept():
-    # Rows 0 and 2 ask the same; the positive of row 1 is a hard negative of row 0; row 1's own negative has id 30.
-    known = known_positives(ids(1, 2, 1), ids(10, 20, 11), ids(1, 2, 1), ids(10, 20, 11, 20, 30, 31))
-    assert known.tolist() == [
-        [False, False, True, False, False, False],  # row 2 has the same query, so its positive is one of row 0 too
-        [False, False, False, True, False, False],  # its own positive, standing again as a negative of row 0
-        [True, False, False, False, False, False],
-    ]
-
-
-def test_masked_documents_do_not_change_the_loss():
-    torch.manual_seed(0)
-    queries, documents = torch.randn(2, 6), torch.randn(3, 6)
-    with_duplicate = torch.cat([documents, documents[:1]])
-    a = InfoNCE()(queries[:1], documents[[0, 2]], ids(1), ids(10, 12))
-    b = InfoNCE()(queries[:1], torch.stack([documents[0], documents[2], documents[0]]), ids(1), ids(10, 12, 10))
-    assert torch.allclose(a, b)
-    assert not torch.allclose(a, InfoNCE()(queries[:1], with_duplicate[[0, 2, 3]], ids(1), ids(10, 12, 99)))
-
-
-def test_matryoshka_is_the_mean_over_sizes_with_both_halves_cut_alike():
-    torch.manual_seed(0)
-    queries, documents = torch.randn(3, 8), torch.randn(5, 8)
-    arguments = (torch.arange(3), torch.arange(5))
-    plain = InfoNCE()
-    kept = [0, 1, 4, 5]  # the first two of each half
-    expected = (plain(queries, documents, *arguments) + plain(queries[:, kept], documents[:, kept], *arguments)) / 2
-    assert torch.allclose(InfoNCE(matryoshka_dims=[4])(queries, documents, *arguments), expected)
-    assert torch.allclose(InfoNCE(matryoshka_dims=[8, 4])(queries, documents, *arguments), expected)
 
 
 @pytest.mark.parametrize("arguments", [{"temperature": 0}, {"matryoshka_dims": [3]}, {"matryoshka_dims": [0]}])

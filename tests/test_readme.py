@@ -5,7 +5,6 @@ import ast
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from eval_report import compare, comparison_markdown, read_run, replace_table
 from saving_utils import code_hashes
 
 
@@ -132,8 +130,6 @@ def test_command(command):
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
     source = (ROOT / script).read_text(encoding="utf-8")
-    if script in ("bag_of_words.py", "labels.py"):  # their arguments are train.py's too
-        source += (ROOT / "train.py").read_text(encoding="utf-8")
     if script == "train.py":  # its arguments are transformers' too
         from transformers import TrainingArguments
 
@@ -158,83 +154,3 @@ def test_hashes_of_the_shipped_code():
     """`python card.py . --hashes` brings them up to date."""
     told = dict(re.findall(r"\| `([\w.]+\.py)` \| `([0-9a-f]{64})` \|", TEXT))
     assert told == code_hashes(ROOT)
-
-
-def test_results_table_is_what_the_results_say():
-    """`python eval_mteb.py --compare ... --readme README.md` writes it."""
-    (command,) = [line for line in commands() if "--readme README.md" in line]
-    words = shlex.split(command)
-    runs = [read_run(str(ROOT / name)) for name in words[words.index("--compare") + 1 : words.index("--output")]]
-    assert len(runs) == 4
-    table = comparison_markdown(runs, compare(runs))
-    assert "STSBenchmark" in table
-    assert replace_table(TEXT, table) == TEXT
-
-
-def rows_under(heading: str) -> dict[str, list[float]]:
-    """The first table under a heading: first column -> numbers."""
-    section = re.split(r"^#+ ", TEXT.split(f"{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    return {name: [float(cell) for cell in cells] for name, *cells in rows[2:]}
-
-
-def test_speed_is_what_the_benchmark_measured():
-    tasks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["tasks"]
-    told = rows_under("## Speed")
-    assert set(told) == set(tasks)
-    for task, numbers in told.items():
-        methods = tasks[task]["methods"]
-        shared, examples = methods["causal2vec shared"], methods["causal2vec examples shared"]
-        found = [methods["bge-en-icl"]["tokens_per_text"], shared["tokens_per_text"]]
-        assert numbers[:2] == [round(tokens, 1) for tokens in found], task
-        assert numbers[2] == round(examples["ms_per_text"] / shared["ms_per_text"], 2), task
-
-
-def test_mean_over_all_packs():
-    names = ("all-MiniLM-L6-v2", "causal2vec-tiny")
-    encoder, ours = ({**run.scores, **run.other} for run in (read_run(str(ROOT / "results" / name)) for name in names))
-    tasks = encoder.keys() & ours.keys()
-    told = re.search(r"mean over (\d+) tasks is (\d+\.\d\d) against (\d+\.\d\d)", " ".join(TEXT.split()))
-    found = [len(tasks), *(np.mean([scores[task] for task in tasks]) for scores in (ours, encoder))]
-    assert [float(number) for number in told.groups()] == [round(float(value), 2) for value in found]
-
-
-@pytest.mark.parametrize("study", ["components", "pooling", "noise"])
-def test_ablations(study):
-    """`python ablation.py --redraw` writes what the README repeats."""
-    from ablation import noise_table, read_runs, study_table
-
-    runs = read_runs(ROOT / "results" / "ablation")
-    written = noise_table(runs) if study == "noise" else study_table(study, runs)
-    assert written in (ROOT / "results/ablation/ablation.md").read_text(encoding="utf-8")
-    heading, table = written.strip().split("\n\n")
-    assert f"#{heading}" in TEXT and table in TEXT
-
-
-def test_speed_beside_minilm():
-    """`python benchmarks/bench_minilm.py --redraw benchmarks/results/minilm` writes the table."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from bench_minilm import make_table
-
-    written = make_table(json.loads((ROOT / "benchmarks/results/minilm.json").read_text()))
-    assert (ROOT / "benchmarks/results/minilm.md").read_text() == written
-    assert written.split("\n\n")[0] in TEXT.split("### Beside all-MiniLM-L6-v2\n", 1)[1]
-
-
-def test_scores_by_storage():
-    results = json.loads((ROOT / "benchmarks/results/storage/storage.json").read_text())
-    rows = {f"{row['dim']}, {row['precision']}": row for row in results["rows"]}
-    for name, numbers in rows_under("### Storage").items():
-        assert numbers == [rows[name]["bytes"], *(round(rows[name]["scores"][pack], 2) for pack in results["packs"])]
-
-
-def test_other_sizes_of_the_decoder():
-    rows = rows_under("### Other sizes of the decoder")
-    assert len(rows) == len(list((ROOT / "results/decoders").glob("*.json")))
-    for name, numbers in rows.items():
-        entries, layers = (int(part.replace(",", "")) for part in name.split(", "))
-        facts = json.loads((ROOT / f"results/decoders/{entries}-{layers}.json").read_text())
-        assert [facts["arguments"][key] for key in ("vocab_size", "num_hidden_layers")] == [entries, layers]
-        bits = facts["heldout_bits_per_character"]
-        characters = facts["heldout_loss"] / math.log(2) / bits
-        assert numbers == [round(facts["parameters"] / 1e6, 1), round(characters, 2), round(bits, 3)]

@@ -15,7 +15,6 @@ from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
-from bundle import export_encoder  # noqa: E402
 from modeling_causal2vec import position_limit  # noqa: E402
 from saving_utils import SHIPPED_CODE  # noqa: E402
 
@@ -265,13 +264,3 @@ def test_the_repository_itself(bundled_dir, bundled_model):
     assert close(model.encode_document(TEXTS), bundled_model.encode_document(TEXTS))
     assert close(model.encode(TEXTS, truncate_dim=128), bundled_model.encode(TEXTS, truncate_dim=128))
     assert model.prompts["query"] == bundled_model.config.query_instruction
-
-
-def test_the_exported_encoder_loads_alone(bundled_model, tmp_path):
-    export_encoder(str(tmp_path / "encoder"))
-    model = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")  # trusts no code
-    inputs = bundled_model.processor.encoder_tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        states = bundled_model.encoder(**inputs).last_hidden_state  # (batch, seq_len, hidden)
-    mask = inputs["attention_mask"].unsqueeze(-1)
-    assert close(model.encode(TEXTS), (states * mask).sum(1) / mask.sum(1))

@@ -16,9 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import train
-from bag_of_words import WordArguments
-from labels import LabelArguments
-from losses import similarity_distillation
 from modeling_causal2vec import Causal2VecModel
 
 
@@ -166,29 +163,6 @@ def test_lora_on_both_towers(make_model):
     lora = [name for name, p in model.named_parameters() if "lora_" in name]
     assert any(".encoder." in name for name in lora) and any(".decoder." in name for name in lora)
     assert not any("projector" in name for name in lora)
-
-
-def test_a_projector_that_starts_as_the_identity(backbone_dir):
-    args = train.ModelArguments(encoder=backbone_dir("bert"), decoder=backbone_dir("llama"), projector_identity=3.0)
-    model = train.load_model(args)
-    vectors = torch.randn(4, 24)  # the tiny encoder's size; the decoder has 32
-    expected = torch.cat([3 * vectors, torch.zeros(4, 8)], dim=1)
-    assert torch.allclose(model.projector(vectors), expected, atol=1e-5)
-    narrow = type(model.projector)(model.config)
-    narrow.linear_2 = torch.nn.Linear(48, 16)
-    with pytest.raises(ValueError, match="at least as wide"):
-        train.start_projector_as_identity(narrow, 1.0)
-    narrow.linear_1 = torch.nn.Linear(24, 32)
-    with pytest.raises(ValueError, match="needs a projector with 48 hidden units, .* has 32"):
-        train.start_projector_as_identity(narrow, 1.0)
-
-    torch.nn.init.uniform_(model.decoder.norm.weight, 0.5, 2)
-    train.start_projector_as_identity(model.projector, 1e4, train.last_norm(model.decoder))
-    batch = model.processor(TEXTS, instruction="find")
-    with torch.no_grad():
-        contextual = model(**batch).embeddings[:, :24]
-        vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
-    assert torch.nn.functional.cosine_similarity(contextual, vectors).min() > 0.9999  # the norm's gains are undone
 
 
 def test_mixing_lora_and_full_is_refused(make_model):
@@ -369,22 +343,6 @@ def test_the_scheduler_has_a_horizon_of_its_own(run):
     assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3 * 5 / 6])
 
 
-@pytest.mark.parametrize("how", ["full", "lora"])
-def test_the_projector_has_a_learning_rate_of_its_own(run, tmp_path, how):
-    flags = ("--train_decoder", how, "--learning_rate", 0)
-    start = load_file(run(*flags, output_dir=tmp_path / "start") / "model.safetensors")
-    folder = run(*flags, "--projector_learning_rate", 1e-2, output_dir=tmp_path / "moved")
-    moved = load_file(folder / "model.safetensors")
-    changed = {name for name, weight in moved.items() if not torch.equal(weight, start[name])}
-    assert changed == {name for name in start if name.startswith("projector.")}
-    assert json.loads((folder.parent / "training.json").read_text())["arguments"]["projector_learning_rate"] == 1e-2
-
-
-def test_a_learning_rate_for_a_projector_that_is_not_there(run):
-    with pytest.raises(ValueError, match="'last_token' has no projector"):
-        run("--baseline", "last_token", "--projector_learning_rate", 1e-2)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
     forward = train.InfoNCE.forward
     calls = []
@@ -456,13 +414,11 @@ def test_arguments_that_cannot_work(run, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
 def test_recipes_parse(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    more = {"words": [WordArguments], "labels": [LabelArguments]}.get(path.stem, [])
-    model, data, args, *_ = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"], *more)
+    model, data, args = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"])
     assert (model.encoder and model.decoder) or model.model
     assert (ROOT / data.data_file).exists()
-    if path.stem not in ("tiny", "words", "pairs", "labels"):
-        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
-        assert args.scheduler_steps == 2 * args.max_steps
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
+    assert args.scheduler_steps == 2 * args.max_steps
 
 
 @pytest.mark.parametrize(
@@ -490,9 +446,9 @@ def test_the_papers_recipes(name, steps, batch, alpha, encoder):
     [
         ("--pooling", "average", "--matryoshka_dims", 7),
         ("--pooling", "eos_encoder", "--contextual_position", "before_instruction"),
-        ("--num_contextual_tokens", 2, "--projector_identity", 3.0, "--train_encoder", "lora"),
+        ("--num_contextual_tokens", 2, "--train_encoder", "lora"),
         ("--bidirectional", "--pooling", "eos", "--gradient_checkpointing", "true"),
-        ("--baseline", "last_token", "--projector_identity", 3.0),
+        ("--baseline", "last_token"),
         ("--baseline", "embedding_concat", "--train_encoder", "lora", "--matryoshka_dims", 20),
         ("--baseline", "token_prepending", "--gradcache", "--gradient_accumulation_steps", 2),
         ("--baseline", "token_prepending", "--train_decoder", "full", "--gradient_checkpointing", "true"),
@@ -536,67 +492,6 @@ def test_a_frozen_encoder_is_read_once_per_text(run, monkeypatch):
     flags = ("--datasets", "two", "--max_steps", "1", "--gradcache", "--gradient_accumulation_steps", "2")
     run(*flags)
     assert sum(rows) == 16  # 8 queries, 8 documents, although GradCache embeds each text twice
-
-
-def agreement(folder, texts):
-    """How the similarities of a model's embeddings correlate with those of its encoder's vectors."""
-    model = Causal2VecModel.from_pretrained(folder)
-    batch = model.processor(texts)
-    teacher = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"]).detach()
-    return 1 - float(similarity_distillation(model.encode(texts, convert_to_tensor=True), teacher))
-
-
-def test_distillation_keeps_the_encoders_similarities(run, tmp_path):
-    texts = [f"the answer to {name} {i} is {i * 7}" for i in range(8) for name in ("one", "two")]
-    flags = ("--train_decoder", "full", "--max_steps", "12", "--learning_rate", "3e-3")
-    without = agreement(run(*flags, output_dir=tmp_path / "without"), texts)
-    with_it = agreement(run(*flags, "--distillation", "30", output_dir=tmp_path / "with"), texts)
-    assert with_it > without + 0.05
-    cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("with", "without")]
-    assert ["distilled from the encoder, weight 30.0" in card for card in cards] == [True, False]
-    with pytest.raises(ValueError, match="frozen encoder"):
-        run("--distillation", "1", "--train_encoder", "lora", output_dir=tmp_path / "refused")
-
-
-def test_interpolation_saves_a_point_between_start_and_end(run, backbone_dir, tmp_path):
-    flags = ("--train_decoder", "full", "--seed", "3")
-    ends = run(*flags, output_dir=tmp_path / "run")
-    end = load_file(ends / "model.safetensors")
-    start = load_file(run(*flags, "--learning_rate", 0, output_dir=tmp_path / "start") / "model.safetensors")
-    log = losses(ends.parent)
-    halfway = run(*flags, "--interpolation", 0.25, "--resume", "--dev_rows", 2, output_dir=ends.parent)
-    assert losses(halfway.parent) == log  # nothing was trained again
-    weights = load_file(halfway / "model.safetensors")
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * end[name], msg=name)
-    assert any((weights[name] - end[name]).abs().max() > 1e-3 for name in weights)
-    assert "eval_score" in json.loads((ends.parent / "training.json").read_text())["log"][-1]
-    assert "interpolated" in (halfway / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--interpolation", 0, "--train_decoder", "full"), "above 0 and at most 1"),
-        (("--interpolation", 0.5), "not the model; train in full"),
-    ],
-)
-def test_interpolation_that_cannot_be(run, flags, message):
-    with pytest.raises(ValueError, match=message):
-        run(*flags)
-
-
-def test_queries_that_start_as_the_mean(backbone_dir):
-    args = train.ModelArguments(
-        encoder=backbone_dir("bert"), decoder=backbone_dir("llama"), projector_identity=3.0, num_contextual_tokens=2
-    )
-    model = train.load_model(args)
-    batch = model.processor(TEXTS)
-    tokens = model.get_contextual_token(batch["encoder_ids"], batch["encoder_attention_mask"])  # (3, 2, 32)
-    states = model.encoder(batch["encoder_ids"], batch["encoder_attention_mask"]).last_hidden_state
-    mask = batch["encoder_attention_mask"].unsqueeze(-1)
-    mean = 3 * (states * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)  # (3, 1, 24)
-    assert (tokens[..., :24] - mean).abs().max() < 0.3 * mean.abs().max()
 
 
 def test_variants_that_cannot_be_trained(run, saved_dir, backbone_dir):
