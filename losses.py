@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from modeling_causal2vec import check_truncate_dim, truncate_embeddings
+from modeling_causal2vec import check_truncate_dim
 
 
 class InfoNCE(torch.nn.Module):
     """
     Args:
         temperature (`float`, defaults to 0.05): tau.
-        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, both halves cut
-            alike; the result is the mean over all sizes.
-        sizes (list of `int`, *optional*): The configuration's `embedding_sizes`. Defaults to two halves.
+        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, as `encode`'s
+            `truncate_dim` cuts them; the result is the mean over all sizes.
+        embedding_size (`int`, *optional*): The configuration's, so that sizes beyond it are refused at once.
 
     Raises:
         ValueError: the temperature is not positive, or embeddings cannot be cut to one of the sizes.
@@ -34,19 +34,15 @@ class InfoNCE(torch.nn.Module):
         self,
         temperature: float = 0.05,
         matryoshka_dims: Sequence[int] | None = None,
-        sizes: Sequence[int] | None = None,
+        embedding_size: int | None = None,
     ):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
         self.temperature = temperature
         self.matryoshka_dims = sorted(set(matryoshka_dims or ()), reverse=True)
-        self.sizes = sizes
         for dim in self.matryoshka_dims:
-            if sizes is not None:
-                check_truncate_dim(dim, sizes)
-            elif dim < 2 or dim % 2:
-                raise ValueError(f"`matryoshka_dims` must be even and positive, got {self.matryoshka_dims}.")
+            check_truncate_dim(dim, embedding_size or dim)
 
     def forward(
         self,
@@ -82,8 +78,8 @@ class InfoNCE(torch.nn.Module):
         return torch.stack(losses).mean()
 
     def _at_size(self, queries, documents, known, offset: int, size: int) -> torch.Tensor:
-        queries = F.normalize(truncate_embeddings(queries, size, self.sizes), dim=-1)  # (batch, size)
-        documents = F.normalize(truncate_embeddings(documents, size, self.sizes), dim=-1)  # (all documents, size)
+        queries = F.normalize(queries[:, :size], dim=-1)  # (batch, size)
+        documents = F.normalize(documents[:, :size], dim=-1)  # (all documents, size)
         scores = (queries @ documents.T / self.temperature).masked_fill(known, float("-inf"))
         return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
 

@@ -4,8 +4,9 @@
     decoder([instruction] [Contextual token] [text] [EOS]) -> last hidden states  (section 3.2)
     embedding = concat(state of the Contextual token, state of EOS)               (section 3.3)
 
-Every text token comes after the Contextual token and so sees the whole text. Invariant: both backbones are used as
-`AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
+Every text token comes after the Contextual token and so sees the whole text. The two states are stored interleaved (t0, e0,
+t1, e1, ...), which changes no cosine, dot product or distance: any prefix of an embedding is half of each state. Invariant:
+both backbones are used as `AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
 configuration; the methods that the paper compares with are in baselines.py, as subclasses.
 """
 
@@ -61,7 +62,7 @@ class Causal2VecModelOutput(ModelOutput):
     """
     Args:
         embeddings (`torch.FloatTensor` of shape `(batch, embedding_size)`):
-            By default the states of the Contextual token and of EOS, concatenated; not normalised.
+            By default the states of the Contextual token and of EOS, interleaved (see [`split_states`]); not normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq_len, hidden_size)`, *optional*):
             The decoder's, after its final norm; with `output_last_hidden_state=True`.
         past_key_values (`Cache`, *optional*):
@@ -246,7 +247,22 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             return (contextual_state + eos_state) / 2
         if self.config.pooling == "eos_encoder":
             contextual_state = contextual_token.to(eos_state)
-        return torch.cat([contextual_state, eos_state], dim=-1)
+        return interleave(contextual_state, eos_state)
+
+    def split_states(self, embeddings):
+        """
+        The two vectors that embeddings `(..., embedding_size)` join, tensors or arrays: the states of the Contextual token
+        and of EOS, as `config.pooling` and `config.baseline` say. Of embeddings cut by `truncate_dim`, their halves.
+
+        Raises:
+            ValueError: embeddings of this model are one vector.
+        """
+        sizes = self.config.embedding_sizes
+        if len(sizes) == 1:
+            raise ValueError("There is nothing to split: an embedding of this model is one state.")
+        if sizes[0] != sizes[1]:  # `embedding_concat`
+            return embeddings[..., : sizes[0]], embeddings[..., sizes[0] :]
+        return embeddings[..., 0::2], embeddings[..., 1::2]
 
     def forward(
         self,
@@ -431,8 +447,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
             normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
                 cosine.
-            truncate_dim (`int`, *optional*): Keep this many numbers, the first half of them from each of the two states
-                that an embedding joins.
+            truncate_dim (`int`, *optional*): Keep the first `truncate_dim` numbers, half of them from each of the two
+                states that an embedding joins.
             convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
             show_progress_bar (`bool`, *optional*): Defaults to a bar on a terminal when it takes more than 5 seconds.
 
@@ -451,7 +467,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
             raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
         dim = self.config.embedding_size if truncate_dim is None else truncate_dim
-        check_truncate_dim(dim, self.config.embedding_sizes)
+        check_truncate_dim(dim, self.config.embedding_size)
         limit = position_limit(self.decoder)
         if isinstance(max_length, int) and limit is not None and max_length > limit:
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
@@ -482,8 +498,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             for rows, batch in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    vectors = self.embed(**batch, packed=packed).float()  # (rows, embedding_size)
-                    vectors = truncate_embeddings(vectors, dim, self.config.embedding_sizes)  # (rows, dim)
+                    vectors = self.embed(**batch, packed=packed)[:, :dim].float()  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
@@ -810,22 +825,15 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
 
 
-def check_truncate_dim(dim: int, sizes: Sequence[int]) -> None:
-    """Raises ValueError unless embeddings that join vectors of these sizes can be cut to `dim` numbers."""
-    parts, full = len(sizes), sum(sizes)
-    if not isinstance(dim, int) or not 0 < dim <= full or (dim % parts and dim != full):
-        kind = "an integer between 1" if parts == 1 else "an even integer between 2"
-        raise ValueError(f"`truncate_dim` must be {kind} and {full}, got {dim!r}.")
+def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two tensors `(..., size)` as one, number by number: `(..., 2 * size)`."""
+    return torch.stack([first, second], dim=-1).flatten(-2)
 
 
-def truncate_embeddings(embeddings: torch.Tensor, dim: int, sizes: Sequence[int] | None = None) -> torch.Tensor:
-    """
-    Keeps the first `dim` numbers of `(..., embedding_size)`, from each of the vectors of `sizes` that an embedding joins
-    (default: two of one size) as many as its share.
-    """
-    sizes = sizes or [embeddings.shape[-1] // 2] * 2
-    first = dim * sizes[0] // sum(sizes)  # all of `dim` where there is one vector
-    return torch.cat([embeddings[..., :first], embeddings[..., sizes[0] : sizes[0] + dim - first]], dim=-1)
+def check_truncate_dim(dim: int, embedding_size: int) -> None:
+    """Raises ValueError unless an embedding of `embedding_size` numbers can be cut to `dim`."""
+    if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim <= embedding_size:
+        raise ValueError(f"`truncate_dim` must be an integer between 1 and {embedding_size}, got {dim!r}.")
 
 
 Causal2VecConfig.register_for_auto_class()

@@ -614,7 +614,7 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
-        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_sizes),
+        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size),
         sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,

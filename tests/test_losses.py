@@ -46,7 +46,9 @@ def test_orthogonal_pairs_have_a_closed_form():
     assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-4)), abs=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"temperature": 0}, {"matryoshka_dims": [3]}, {"matryoshka_dims": [0]}])
+@pytest.mark.parametrize(
+    "arguments", [{"temperature": 0}, {"matryoshka_dims": [9], "embedding_size": 8}, {"matryoshka_dims": [0]}]
+)
 def test_settings_that_cannot_work_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         InfoNCE(**arguments)
