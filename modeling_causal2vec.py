@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
+    from .prefix_cache import PrefixCache, look_both_ways, plan_rows
     from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
@@ -43,7 +43,7 @@ try:
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
+    from prefix_cache import PrefixCache, look_both_ways, plan_rows
     from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
@@ -293,8 +293,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 before; its projection is the `contextual_token`.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
-            right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
-                attention is free to use its fastest kernel.
+            right_padded (`bool`): A promise that all padding is on the right and that the decoder is causal. It then needs
+                no mask, and attention is free to use its fastest kernel.
             share_heads (`bool`): Read what rows have in common before their slots only once; see [`embed`].
             packing ([`Packing`], *optional*): Read the rows as one, without their padding; see [`packed_states`].
             kwargs: Passed on to the decoder.
@@ -331,15 +331,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
             attention_mask = input_ids.new_ones(input_ids.shape[0], past_len + seq_len)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
-        needs_mask = not (right_padded and is_causal(self.decoder))
-        if not needs_mask:
+        if right_padded:
             # Nothing looks at padding that comes after it. Positions run on, or padding would look like packed rows.
             position_ids = position_ids[:, :1] + torch.arange(seq_len, device=position_ids.device)  # (batch, seq_len)
-        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and not needs_mask else None
+        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and right_padded else None
         if hidden is None:
             outputs = self.decoder(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask if needs_mask else None,
+                attention_mask=None if right_padded else attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
