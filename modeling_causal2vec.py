@@ -670,11 +670,11 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise TypeError(f"{cls.config_class.__name__} has no {unknown}; see its documentation for the fields.")
         encoder_kwargs, decoder_kwargs = dict(encoder_kwargs or {}), dict(decoder_kwargs or {})
         decoder_model = load_backbone(decoder, dtype=dtype or "auto", **decoder_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(decoder, **_of_tokenizer(decoder_kwargs))
+        tokenizer = load_backbone_tokenizer(decoder, decoder_model.config, **decoder_kwargs)
         encoder_tokenizer = encoder_model = None
         if encoder is not None:
-            encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_of_tokenizer(encoder_kwargs))
             encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
+            encoder_tokenizer = load_backbone_tokenizer(encoder, encoder_model.config, **encoder_kwargs)
 
         if contextual_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([contextual_token], special_tokens=True)
@@ -758,10 +758,6 @@ def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) ->
         )
 
 
-def _of_tokenizer(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name in (*_HUB_KWARGS, "gguf_file")}
-
-
 def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrainedModel:
     """
     `auto_class.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts; a
@@ -788,6 +784,18 @@ def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrain
             f"{folder_or_id} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[:5]}."
         )
     return model
+
+
+def load_backbone_tokenizer(folder_or_id: str, config, **kwargs):
+    """`AutoTokenizer.from_pretrained` with those of a backbone's `kwargs` that it knows. `config` is the backbone's."""
+    gguf = {name: value for name, value in kwargs.items() if name == "gguf_file" and value is not None}
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **hub_kwargs, **gguf)
+    for name in ("bos_token", "eos_token", "pad_token") if gguf else ():
+        # transformers 5.17 reads them wrongly: EOS would be BOS
+        if isinstance(token_id := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
 
 
 def check_gguf_available() -> None:

@@ -57,6 +57,20 @@ def test_a_row_ends_in_one_eos(backbone_dir, gguf_dir):
         assert (ids[mask.bool()] == processor.tokenizer.eos_token_id).nonzero().tolist() == [[int(mask.sum()) - 1]]
 
 
+def test_the_special_tokens_are_the_files(backbone_dir, gguf_dir, monkeypatch):
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def mistaken(*args, **kwargs):  # as transformers 5.17 is
+        tokenizer = from_pretrained(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", mistaken)
+        tokenizer = join(backbone_dir, gguf_dir).processor.tokenizer
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<s>", "<|im_end|>", "<pad>"]
+
+
 def test_without_the_package_it_is_named(backbone_dir, gguf_dir, monkeypatch):
     monkeypatch.setattr(modeling_causal2vec, "is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):
