@@ -72,7 +72,7 @@ def files_to_push(folder: Path) -> list[Path]:
         file
         for file in files
         if not any(part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info") for part in file.parts)
-        and not any(file.is_relative_to(made) for made in ("runs", "bases/encoder"))
+        and not any(file.is_relative_to(made) for made in ("runs", "bases"))
     )
 
 

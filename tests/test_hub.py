@@ -386,7 +386,7 @@ def test_the_repository_itself_can_be_pushed(bundled_dir, capsys):
     listed = {line.split()[-1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()[:-1]}
     assert listed["model.safetensors"] == (bundled_dir / "model.safetensors").stat().st_size
     assert {"README.md", "train.py", "instructions.json", "recipes/tiny.json", *SHIPPED_CODE} <= set(listed)
-    assert not [name for name in listed if name.startswith((".", "runs/", "bases/encoder/")) or "cache__" in name]
+    assert not [name for name in listed if name.startswith((".", "runs/", "bases/")) or "cache__" in name]
 
 
 def test_what_is_made_in_a_folder_does_not_go(complete_dir, tmp_path):
