@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, is_accelerate_available, is_gguf_available, logging
 
 
 if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
@@ -668,7 +668,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token (`str`): The token whose place the Contextual token takes. It is added to the decoder's
                 tokenizer, and the embedding matrix grows, unless they have it.
             encoder_kwargs, decoder_kwargs (`dict`, *optional*): For the two calls of `from_pretrained`, such as
-                `{"revision": ..., "attn_implementation": ...}`.
+                `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file": NAME}` reads model and tokenizer from that
+                GGUF file of the folder or Hub id; the model is then a plain one, in float32 unless `dtype` says otherwise.
             config_kwargs: Fields of [`Causal2VecConfig`]. `prompt_head` and `prompt_tail` default to the entry of
                 `PROMPT_TEMPLATES` that fits the decoder's chat template.
 
@@ -682,12 +683,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if unknown:
             raise TypeError(f"{cls.config_class.__name__} has no {unknown}; see its documentation for the fields.")
         encoder_kwargs, decoder_kwargs = dict(encoder_kwargs or {}), dict(decoder_kwargs or {})
-        tokenizer = AutoTokenizer.from_pretrained(decoder, **_only_hub(decoder_kwargs))
         decoder_model = load_backbone(decoder, dtype=dtype or "auto", **decoder_kwargs)
+        tokenizer = load_backbone_tokenizer(decoder, decoder_model.config, **decoder_kwargs)
         encoder_tokenizer = encoder_model = None
         if encoder is not None:
-            encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_only_hub(encoder_kwargs))
             encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
+            encoder_tokenizer = load_backbone_tokenizer(encoder, encoder_model.config, **encoder_kwargs)
 
         if contextual_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([contextual_token], special_tokens=True)
@@ -771,18 +772,20 @@ def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) ->
         )
 
 
-def _only_hub(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
-
-
-def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
+def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrainedModel:
     """
-    `AutoModel.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts.
+    `auto_class.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts; a
+    `gguf_file` is dequantised, so that the model can be trained and saved.
 
     Raises:
+        ImportError: what transformers needs to read a GGUF file is not installed.
         ValueError: tensors are missing; transformers would initialise them anew.
     """
-    model, info = AutoModel.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    if kwargs.get("gguf_file") is not None:
+        check_gguf_available()
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)  # else weights may stay packed, and nothing saves
+    model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    vars(model.config).pop("_model_name_or_path", None)  # a GGUF file's title
     adapted = [(n, module) for n, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in adapted:
         module.merge()
@@ -795,6 +798,24 @@ def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
             f"{folder_or_id} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[:5]}."
         )
     return model
+
+
+def load_backbone_tokenizer(folder_or_id: str, config, **kwargs):
+    """`AutoTokenizer.from_pretrained` with those of a backbone's `kwargs` that it knows. `config` is the backbone's."""
+    gguf = {name: value for name, value in kwargs.items() if name == "gguf_file" and value is not None}
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **hub_kwargs, **gguf)
+    for name in ("bos_token", "eos_token", "pad_token") if gguf else ():
+        # transformers 5.17 reads them wrongly: EOS would be BOS
+        if isinstance(token_id := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
+
+
+def check_gguf_available() -> None:
+    """Raises ImportError unless transformers can read GGUF files here."""
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise ImportError("Reading a GGUF file takes two more packages: pip install gguf accelerate")
 
 
 def find_prompt_template(chat_template: str | None) -> tuple[str, str]:

@@ -4,7 +4,7 @@ The encoder reads the text alone. The decoder reads
 
     [BOS if its tokenizer adds one] [prompt_head + examples + instruction] [slot] [text] [prompt_tail] [EOS]
 
-where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
+with no second BOS or EOS where the template has its own, and where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
 *ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
 the slot stands exactly once, nothing in a text or an instruction is read as a control token, and all rows of a task are
 the same up to the slot. Of the paper's ablations, several Contextual tokens have as many slots next to each other, and
@@ -74,7 +74,12 @@ class Causal2VecProcessor(ProcessorMixin):
         # What the tokenizer itself puts before a text: BOS for Llama, Mistral and Gemma, nothing for Qwen.
         bos_ids = tokenizer("a")["input_ids"][:1]
         self._bos_ids = bos_ids if tokenizer.bos_token_id in bos_ids else []
+        # One BOS and one EOS: ChatML's <|im_start|> and <|im_end|> are just these for some tokenizers.
+        if self._bos_ids == self._encode_trusted(prompt_head)[:1]:
+            self._bos_ids = []
         self._tail_ids = self._encode_trusted(prompt_tail)
+        if self._tail_ids[-1:] == [tokenizer.eos_token_id]:
+            self._tail_ids.pop()
         slot_as_text = self._encode_plain(tokenizer, [tokenizer.decode([contextual_token_id])])[0]
         taken_ids = {
             "EOS": [tokenizer.eos_token_id],

@@ -61,6 +61,9 @@ class ModelArguments:
     model: str | None = field(default=None, metadata={"help": "Causal2Vec folder or Hub id to go on from."})
     encoder: str | None = field(default=None, metadata={"help": "Without --model: encoder to join, folder or Hub id."})
     decoder: str | None = field(default=None, metadata={"help": "Without --model: decoder to join, folder or Hub id."})
+    decoder_gguf_file: str | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in --decoder to read it from. Needs the package gguf."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained is kept in float32."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
     train_decoder: str = field(
@@ -369,7 +372,9 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     names = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
     names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    changed = [name for name in (*names, "baseline") if getattr(args, name) not in (None, False, "")]
+    changed = [
+        name for name in (*names, "baseline", "decoder_gguf_file") if getattr(args, name) not in (None, False, "")
+    ]
     if args.model is not None and changed:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
@@ -377,8 +382,14 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     else:
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        gguf = {} if args.decoder_gguf_file is None else {"gguf_file": args.decoder_gguf_file}
         model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
-            encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
+            encoder,
+            args.decoder,
+            dtype=args.dtype,
+            encoder_kwargs=attention,
+            decoder_kwargs=attention | gguf,
+            **settings,
         )
     return model
 

@@ -368,6 +368,13 @@ def test_dry_run_prints_the_plan_and_a_batch_and_trains_nothing(run, capsys, tmp
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_gguf_decoder(run, gguf_dir, capsys, tmp_path):
+    run("--decoder", gguf_dir, "--decoder_gguf_file", "tiny.gguf", "--dry_run")
+    assert "<|im_start|>user" in capsys.readouterr().out  # of the tokenizer in the file
+    with pytest.raises(ValueError, match="leave out --decoder_gguf_file"):
+        train.load_model(train.ModelArguments(model=str(tmp_path), decoder_gguf_file="tiny.gguf"))
+
+
 def test_dev_scores_choose_the_step(run):
     folder = run(
         "--dev_rows", 10, "--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "true",
