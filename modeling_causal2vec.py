@@ -810,6 +810,11 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_truncate_dim(dim: int, sizes: Sequence[int]) -> None:
     """Raises ValueError unless embeddings that join vectors of these sizes can be cut to `dim` numbers."""
     parts, full = len(sizes), sum(sizes)
