@@ -123,18 +123,21 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 class RandomState:
-    """The state of torch's generators at one moment, to run the same dropout again."""
+    """The state of torch's generators, the CPU's and the accelerators', at one moment, to run the same dropout again."""
 
     def __init__(self):
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        self.device_type = None if accelerator is None else accelerator.type  # cuda, xpu, mps, ...
+        module = None if accelerator is None else torch.get_device_module(self.device_type)
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.devices = [] if module is None else [module.get_rng_state(i) for i in range(module.device_count())]
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=range(len(self.cuda))):
+        with torch.random.fork_rng(devices=range(len(self.devices)), device_type=self.device_type):
             torch.set_rng_state(self.cpu)
-            if self.cuda:
-                torch.cuda.set_rng_state_all(self.cuda)
+            for index, state in enumerate(self.devices):
+                torch.get_device_module(self.device_type).set_rng_state(state, index)
             yield
 
 

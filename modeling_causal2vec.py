@@ -845,6 +845,11 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Two tensors `(..., size)` as one, number by number: `(..., 2 * size)`."""
     return torch.stack([first, second], dim=-1).flatten(-2)

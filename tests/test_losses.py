@@ -5,6 +5,7 @@ import math
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_random_state_leaves_the_generator_alone():
     with state.replay():
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_random_state_replays_the_accelerators_generators(monkeypatch):
+    """Of whatever accelerator is in use: a stub of one with two devices, which keeps a number for a generator's state."""
+    generators = [10, 20]
+    stub = SimpleNamespace(
+        device_count=lambda: len(generators),
+        get_rng_state=lambda device: generators[device],
+        set_rng_state=lambda state, device: generators.__setitem__(device, state),
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kwargs: SimpleNamespace(type="stub"))
+    monkeypatch.setattr(torch, "get_device_module", {"stub": stub}.__getitem__)
+    state = RandomState()
+    generators[:] = 11, 21
+    with state.replay():
+        assert generators == [10, 20]
+        generators[:] = 12, 22
+    assert generators == [11, 21]
 
 
 def two_ranks(rank: int, port: int, folder: str) -> None:
