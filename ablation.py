@@ -49,7 +49,9 @@ VARIANTS: dict[str, dict] = {
     "bidirectional": {"bidirectional": True},
     "encoder_frozen": {"train_encoder": "frozen"},
     "icl": {"max_examples": 5, "icl_max_seq_length": 512},
-    "last_token_on": dict.fromkeys("encoder train_encoder decoder query_instruction max_seq_length encoder_max_seq_length".split()),
+    "last_token_on": dict.fromkeys(
+        "encoder train_encoder decoder query_instruction max_seq_length encoder_max_seq_length".split()
+    ),
     "causal2vec_on": {},
 }
 # Variants that start from the trained model of another one: it goes on as it is, or its decoder is joined to the encoder.

@@ -516,7 +516,7 @@ class Collator:
     """
     Makes the tensors of a micro-batch: `queries` and `documents` (positives first, then all hard negatives), each the
     processor's four tensors, and `query_ids` (batch,), `document_ids` (documents,): one number per distinct text, by
-    which the loss knows duplicates on every rank. `dataset` and `rows` say where it came from.
+    which the loss knows duplicates on every rank. `decoder_tokens` counts, `dataset` and `rows` say where it came from.
     """
 
     def __init__(self, processor, max_length: int | None = None):
@@ -525,9 +525,13 @@ class Collator:
     def __call__(self, batch: list[Example]) -> dict:
         queries = [example.query for example in batch]
         documents = [example.positive for example in batch] + [text for e in batch for text in e.negatives]
-        return {
+        sides = {
             "queries": self.encode_queries(batch),
             "documents": dict(self.processor(documents, batch[0].document_instruction, max_length=self.max_length)),
+        }
+        return {
+            **sides,
+            "decoder_tokens": sum(int(side["attention_mask"].sum()) for side in sides.values()),
             "query_ids": torch.tensor([text_id(text) for text in queries]),
             "document_ids": torch.tensor([text_id(text) for text in documents]),
             "dataset": batch[0].dataset,

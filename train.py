@@ -232,6 +232,7 @@ class Causal2VecTrainer(Trainer):
     def __init__(self, *args, loss: InfoNCE, sampler, dev_sets=(), mini_batch_size: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.sampler, self.dev_sets, self.mini_batch_size = loss, sampler, dev_sets, mini_batch_size
+        self.decoder_tokens = 0  # read by this process
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
         if self.is_fsdp_enabled:
             if not self.accelerator.is_fsdp2:
@@ -276,6 +277,7 @@ class Causal2VecTrainer(Trainer):
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.decoder_tokens += inputs["decoder_tokens"]
         if self.mini_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -527,7 +529,6 @@ def name_of_base(args: ModelArguments, adapter: Path) -> str | None:
 
 def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch: dict, training) -> dict:
     """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
-    tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("queries", "documents"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: part for name in ("encoder", "projector", "decoder") if (part := getattr(model, name)) is not None}
     counted = isinstance(batches, SingleDatasetBatchSampler)
@@ -550,7 +551,7 @@ def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch:
             name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()
         },
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "estimated_decoder_tokens": tokens * batches.num_global_batches * batches.micro_batches,
+        "estimated_decoder_tokens": batch["decoder_tokens"] * batches.num_global_batches * batches.micro_batches,
         # weights, and for what is trained also a gradient and AdamW's two moments
         "estimated_gigabytes_without_activations": round(
             (sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trainable) / 1e9, 3
@@ -772,6 +773,8 @@ def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),
+        "decoder_tokens_per_second": tokens_per_second(trainer),
+        "peak_gigabytes": peak_gigabytes(),
         "log": log,
     }
     write_json(output / "training.json", facts)
@@ -787,6 +790,25 @@ def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict,
         )
         model = model.merge_and_unload()
     save_folder(model.save_pretrained, model, output / "model", facts)
+
+
+def tokens_per_second(trainer: Causal2VecTrainer) -> float | None:
+    """Decoder tokens that all processes have read per second, since the run was started or resumed."""
+    seconds = next(
+        (entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), 0
+    )
+    return round(trainer.decoder_tokens * trainer.args.world_size / seconds, 1) if seconds else None
+
+
+def peak_gigabytes() -> float | None:
+    """The most memory that this process has had: the accelerator's, or without one the processor's (not on Windows)."""
+    if torch.accelerator.is_available():
+        return round(torch.accelerator.max_memory_allocated() / 1e9, 2)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
 def save_folder(save: Callable[[Path], None], model: Causal2VecModel, folder: Path, facts: dict) -> None:
