@@ -106,20 +106,27 @@ def known_positives(
 
 def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensor of every rank, of whatever length, with gradients (summed over the ranks that used it)."""
-    from torch.distributed.nn.functional import all_gather
-
     length = torch.tensor([len(tensor)], device=tensor.device)
-    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
-    longest = max(int(n) for n in lengths)
-    padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
-    padded = torch.cat([tensor, padding])  # (longest, ...)
-    if tensor.requires_grad:
-        parts = all_gather(padded)
-    else:
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-    return [part[: int(n)] for part, n in zip(parts, lengths)]
+    lengths = [int(n) for n in _AllGather.apply(length)]
+    padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
+    parts = _AllGather.apply(torch.cat([tensor, padding]))  # (longest, ...) each
+    return [part[:n] for part, n in zip(parts, lengths)]
+
+
+class _AllGather(torch.autograd.Function):
+    """Tensors of one shape from all ranks; torch's own is deprecated in 2.13, and what follows it is not in 2.11."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        total = torch.stack(gradients)  # (ranks, longest, ...)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 class RandomState:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +175,7 @@ def test_random_state_replays_the_accelerators_generators(monkeypatch):
 
 def two_ranks(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # a deprecated call
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     queries, documents, query_ids, document_ids = toy_batch()
     # Rank 0 has 2 rows and 3 hard negatives, rank 1 has 2 rows and 1: ragged on purpose.
