@@ -670,6 +670,8 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
     """Runs a training, with further callbacks if wanted; returns the folder of the trained model."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        model_args.attn_implementation = None  # nothing is computed, and a plan needs no kernels of a GPU's
     check_arguments(model_args, args)
     output = Path(args.output_dir)
     if not args.dry_run:

@@ -433,7 +433,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
 
 
 def test_dry_run_prints_the_plan_and_a_batch_and_trains_nothing(run, capsys, tmp_path):
-    run("--dry_run")
+    run("--dry_run", "--attn_implementation", "flash_attention_2")  # a plan needs no GPU
     printed = capsys.readouterr().out
     plan = json.loads(printed[: printed.index("\n}\n") + 2])
     assert [d["name"] for d in plan["datasets"]] == ["one", "two"]
