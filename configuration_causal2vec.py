@@ -5,6 +5,7 @@ an error that says what would work.
 """
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,24 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
+def _check_siblings() -> None:
+    """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
+    for name in ("baselines", "packing", "prefix_cache", "saving_utils", "tokenization_utils"):
+        expected, spec = Path(__file__).with_name(f"{name}.py"), importlib.util.find_spec(name)
+        found = spec and spec.origin
+        if found is None or Path(found).resolve() != expected.resolve():
+            raise ImportError(
+                f"`import {name}` must give {expected}, but sys.path leads to {found}. Rename or move that file, or load "
+                "the model with AutoModel and trust_remote_code=True, which needs no clone on sys.path."
+            )
+
+
 try:
     from .saving_utils import is_hub_id, new_files
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    _check_siblings()
     from saving_utils import is_hub_id, new_files
 
 

@@ -40,7 +40,10 @@ try:
         format_examples,
         load_tokenizers,
     )
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from prefix_cache import PrefixCache, look_both_ways, plan_rows
@@ -730,6 +733,8 @@ def _model_class(baseline: str | None) -> type["Causal2VecModel"] | None:
     try:
         from .baselines import MODELS
     except ImportError:
+        if __package__:
+            raise
         from baselines import MODELS
     return MODELS.get(baseline)
 

@@ -21,7 +21,10 @@ from transformers.utils import logging
 
 try:
     from .packing import PACKED_ATTENTION, Packing
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from packing import PACKED_ATTENTION, Packing
 
 

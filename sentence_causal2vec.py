@@ -23,7 +23,10 @@ except ImportError as error:
 try:
     from .modeling_causal2vec import Causal2VecModel, position_limit
     from .tokenization_utils import Causal2VecProcessor
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from modeling_causal2vec import Causal2VecModel, position_limit
     from tokenization_utils import Causal2VecProcessor
 
