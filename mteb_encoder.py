@@ -19,6 +19,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from saving_utils import holds_weights, resolve_base
+
 
 ROOT = Path(__file__).resolve().parent
 # The code that a vector comes from.
@@ -443,7 +445,8 @@ def package_model(package: str) -> Path:
 
 def folder_identity(folder: Path, is_causal2vec: bool) -> str:
     """
-    A hash of what determines a local model's vectors: weights, configurations, tokenizers and, for ours, the code.
+    A hash of what determines a local model's vectors: weights, configurations, tokenizers, a local base that an adapter is
+    of and, for ours, the code.
 
     Two different checkpoints never have the same one. Comments, docstrings and files of other kinds have no part in it.
     """
@@ -460,6 +463,11 @@ def folder_identity(folder: Path, is_causal2vec: bool) -> str:
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not holds_weights(folder):
+        base = resolve_base(read_json(adapter).get("base_model_name_or_path"), folder)
+        if base and holds_weights(base):
+            digest.update(folder_identity(Path(base), is_causal2vec).encode())
     if is_causal2vec:
         digest.update(code_identity().encode())
     return digest.hexdigest()[:40]

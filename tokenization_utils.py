@@ -20,12 +20,12 @@ from transformers.utils import cached_file, logging
 
 
 try:
-    from .saving_utils import new_files
+    from .saving_utils import new_files, push_to_hub
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from saving_utils import new_files
+    from saving_utils import new_files, push_to_hub
 
 
 logger = logging.get_logger(__name__)
@@ -162,6 +162,8 @@ class Causal2VecProcessor(ProcessorMixin):
         with new_files(save_directory) as temporary:
             files = super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
         return [str(Path(save_directory, Path(file).relative_to(temporary))) for file in files]
+
+    push_to_hub = push_to_hub
 
     @property
     def model_input_names(self) -> list[str]:
