@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import DECODERS, ENCODERS, TEXTS, decoder_config, decoder_tokenizer, encoder_config
+from conftest import DECODERS, ENCODERS, TEXTS, decoder_config, decoder_tokenizer, encoder_config, read_weights
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, linear, normalize
 from transformers import (
@@ -902,7 +902,7 @@ class TestJoining:
 def recompute(folder, batch) -> torch.Tensor:
     """The method from the file alone: plain AutoModel sub-models, one unpadded row at a time."""
     config = json.loads((folder / "config.json").read_text())
-    weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {name: tensor.float() for name, tensor in read_weights(folder).items()}
     towers = {}
     for name in ("encoder", "decoder"):
         tower_config = AutoConfig.for_model(**config[f"{name}_config"])
@@ -928,22 +928,26 @@ def recompute(folder, batch) -> torch.Tensor:
 
 class TestRecomputation:
     @torch.no_grad()
-    def test_tiny(self, tiny_model, saved_dir):
+    @pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+    def test_tiny(self, tiny_model, tmp_path, max_shard_size):
+        tiny_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+        assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "5GB")
         batch = tiny_model.processor(TEXTS, instruction="Find it")
         assert list(batch) == ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
-        expected = recompute(saved_dir, batch)
+        expected = recompute(tmp_path, batch)
         assert difference(embed(tiny_model, batch), expected) <= FP32_BOUND
         assert difference(tiny_model.encode(TEXTS, instruction="Find it"), normalize(expected, dim=-1)) <= FP32_BOUND
         assert difference(expected[0], expected[1]) > 0.1
 
     @torch.no_grad()
-    def test_bundled(self, bundled_dir):
-        model = Causal2VecModel.from_pretrained(bundled_dir, dtype=torch.float32)
-        expected = normalize(recompute(bundled_dir, model.processor(TEXTS, instruction="Find it")), dim=-1)
-        assert difference(model.encode(TEXTS, instruction="Find it"), expected) <= 1e-5
+    def test_bundled(self, bundled_dir, bundled_model):
+        texts = TEXTS[:4]
+        assert bundled_model.dtype == torch.float32
+        expected = normalize(recompute(bundled_dir, bundled_model.processor(texts, instruction="Find it")), dim=-1)
+        assert difference(bundled_model.encode(texts, instruction="Find it"), expected) <= 1e-5
         assert difference(expected[0], expected[1]) > 0.01
-        half = Causal2VecModel.from_pretrained(bundled_dir, dtype=torch.float16)  # of a range that states could leave
-        assert (torch.from_numpy(half.encode(TEXTS, instruction="Find it")) * expected).sum(-1).min() > 0.999
+        half = copy.deepcopy(bundled_model).half()  # of a range that states could leave
+        assert (torch.from_numpy(half.encode(texts, instruction="Find it")) * expected).sum(-1).min() > 0.999
 
 
 class TestEncode:

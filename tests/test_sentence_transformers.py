@@ -276,13 +276,3 @@ def test_what_matryoshka_trains_is_what_truncation_keeps(model, tiny_model, kind
                     assert torch.allclose(nearest, torch.ones(len(side)), atol=1e-5)
     with pytest.raises(ValueError, match="embedding dimension of 64"):
         losses.MatryoshkaLoss(model, inner, matryoshka_dims=[65])(features, None)
-
-
-def test_the_repository_itself(bundled_dir, bundled_model):
-    model = SentenceTransformer(str(bundled_dir), trust_remote_code=True, device="cpu")
-    assert close(model.encode(TEXTS), bundled_model.encode(TEXTS))
-    assert close(model.encode_query(TEXTS), bundled_model.encode_query(TEXTS))
-    assert close(model.encode_document(TEXTS), bundled_model.encode_document(TEXTS))
-    cut = model.encode(TEXTS, truncate_dim=128, normalize_embeddings=True)
-    assert close(cut, bundled_model.encode(TEXTS, truncate_dim=128))
-    assert model.prompts["query"] == bundled_model.config.query_instruction

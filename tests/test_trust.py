@@ -224,7 +224,7 @@ def test_the_oldest_packages_are_the_same_everywhere(saved_dir):
         assert f"needs {package} {oldest} or newer" in code
         assert any(line.startswith(f"{package}>={oldest}") for line in told["requirements"])
         assert f"{package}=={oldest}.0" in told["CI"]
-        assert f"`{package}` {oldest}" in told["README"] and f"`{package}` {oldest}" in told["card"]
+        assert f'"{package}>={oldest}"' in told["README"] and f"`{package}` {oldest}" in told["card"]
 
 
 @pytest.mark.parametrize("package, version", [("transformers", "6.0.0.dev0"), ("torch", "3.0.0a0+git1234")])
