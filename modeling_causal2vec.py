@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
+    from .prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
     from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
@@ -42,7 +42,7 @@ try:
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, is_causal, look_both_ways, plan_rows
+    from prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
     from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
@@ -187,7 +187,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if self.projector.queries is None:
             return self.project(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
-        device = self.projector.linear_1.weight.device
+        device = device_of(self.projector)
         states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
         return self.projector(self.projector.queries(states, mask))  # (batch, tokens, hidden_size)
 
@@ -200,7 +200,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if self.projector is None or self.projector.queries is not None:
             raise ValueError("An `encoder_embedding` is projected by models with one Contextual token; this is none.")
-        return self.projector(encoder_embedding.to(self.projector.linear_1.weight.device))
+        return self.projector(encoder_embedding.to(device_of(self.projector)))
 
     def get_encoder_embedding(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`."""
@@ -374,10 +374,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         parts, order = [], []
         for rows, inputs in plan_rows(self, input_ids, attention_mask, packed):
             if contextual_token is not None:
-                inputs["contextual_token"] = contextual_token[rows]
+                inputs["contextual_token"] = contextual_token[rows.to(contextual_token.device)]
             elif self.encoder is not None:
-                inputs["encoder_ids"] = encoder_ids[rows]
-                inputs["encoder_attention_mask"] = encoder_attention_mask[rows]
+                inputs["encoder_ids"] = encoder_ids[rows.to(encoder_ids.device)]
+                inputs["encoder_attention_mask"] = encoder_attention_mask[rows.to(encoder_attention_mask.device)]
             parts.append(self(**inputs, **kwargs).embeddings)  # (rows, embedding_size)
             order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, embedding_size)
@@ -456,7 +456,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if isinstance(max_length, int) and limit is not None and max_length > limit:
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
         format_examples(examples, None)  # refuses what is no list of examples for all texts
-        processor, device = self.processor, self.get_input_embeddings().weight.device
+        processor, device = self.processor, device_of(self.get_input_embeddings())
 
         batches = sorted_batches(
             processor,
@@ -466,7 +466,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length,
             batch_size,
             max_batch_tokens,
-            count_heads=not self.prefix_cache.enabled,
+            count_heads=not self.prefix_cache.enabled or is_offloaded(self.decoder),
         )
         embeddings = torch.empty(len(texts), dim)
         training = [module for module in self.modules() if module.training]  # a frozen encoder may be in eval mode
@@ -801,8 +801,11 @@ def position_limit(backbone: PreTrainedModel) -> int | None:
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mean of `(batch, seq_len, hidden_size)` over the positions that a mask `(batch, seq_len)` keeps."""
-    mask = mask.to(states).unsqueeze(-1)  # (batch, seq_len, 1)
-    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, hidden_size)
+    mask = mask.to(states.device).unsqueeze(-1)  # (batch, seq_len, 1)
+    # Half precision has not even all counts: bfloat16 none between 256 and 258.
+    total = (states * mask).sum(1, dtype=torch.promote_types(states.dtype, torch.float32))  # (batch, hidden_size)
+    count = mask.sum(1, dtype=torch.long).clamp(min=1)  # (batch, 1)
+    return (total / count).to(states.dtype)  # (batch, hidden_size)
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:

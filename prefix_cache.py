@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -193,7 +194,7 @@ def compute_head(decoder: PreTrainedModel, head_ids: Sequence[int]) -> SharedHea
         What it leaves, or `None` from a decoder whose state is more than keys and values.
     """
     embeddings = decoder.get_input_embeddings()
-    ids = torch.tensor([head_ids], device=embeddings.weight.device)  # (1, head_len)
+    ids = torch.tensor([head_ids], device=device_of(embeddings))  # (1, head_len)
     cache = DynamicCache(config=decoder.config)
     decoder(inputs_embeds=embeddings(ids), past_key_values=cache, use_cache=True)
     layers = []
@@ -347,7 +348,7 @@ def find_heads(model, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead |
     """Each row's head, from the model's cache or newly computed where that pays; `None` for rows to be read in one piece."""
     cache, decoder = model.prefix_cache, model.decoder
     counts = {head_ids: heads_ids.count(head_ids) for head_ids in set(heads_ids) if len(head_ids) >= cache.min_tokens}
-    if not cache.enabled or not counts:
+    if not cache.enabled or not counts or is_offloaded(decoder):
         return [None] * len(heads_ids)
     keep = not (decoder.training or torch.is_grad_enabled())
     if not keep and trains_with_state(decoder):
@@ -369,6 +370,24 @@ def find_heads(model, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead |
             cache.put(head_ids, state, head)
         found[head_ids] = head
     return [found.get(head_ids) for head_ids in heads_ids]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """
+    Where a module computes: where accelerate's hooks bring what it reads, or else where its first tensor is, or else the
+    CPU. Weights that are offloaded or quantised do not say it.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):  # several are kept in one
+            if getattr(single, "execution_device", None) is not None:
+                return torch.device(single.execution_device)
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+
+
+def is_offloaded(decoder: PreTrainedModel) -> bool:
+    """Whether weights come from elsewhere for each forward pass, so that nothing here shows when they change."""
+    return any(parameter.is_meta for parameter in decoder.parameters())
 
 
 def trains_with_state(decoder: PreTrainedModel) -> bool:

@@ -29,7 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-from modeling_causal2vec import Causal2VecModel, Causal2VecPreTrainedModel, find_prompt_template, position_limit
+from modeling_causal2vec import (
+    Causal2VecModel,
+    Causal2VecPreTrainedModel,
+    find_prompt_template,
+    masked_mean,
+    position_limit,
+)
 
 
 PAIRS = [(decoder, "bert") for decoder in DECODERS] + [("llama", encoder) for encoder in ENCODERS if encoder != "bert"]
@@ -301,6 +307,14 @@ class TestBfloat16:
         fp32 = torch.from_numpy(models(*pair).encode(TEXTS))
         assert 0 < difference(expected, fp32) <= BF16_BOUND, "no bf16 at all, or a bad one"
 
+    def test_the_mean_of_many_tokens(self):
+        """bfloat16 has no 511: what is counted and summed in it is up to 0.4% off."""
+        states = torch.rand(2, 600, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+        mask = torch.zeros(2, 600, dtype=torch.long)
+        mask[0, :511], mask[1, :1] = 1, 1
+        expected = torch.stack([states[0, :511].float().mean(0), states[1, 0].float()])
+        assert torch.equal(masked_mean(states, mask), expected.bfloat16())
+
 
 class TestNames:
     def test_no_heads_in_the_state(self, model):
@@ -557,6 +571,50 @@ class TestLoadingOptions:
         device_map = {"encoder": "cpu", "projector": "cpu", "decoder": "cpu"}
         model = Causal2VecModel.from_pretrained(saved_dir, device_map=device_map)
         assert difference(model.encode(TEXTS), tiny_model.encode(TEXTS)) <= SAME
+
+    @pytest.mark.parametrize("offloaded", ["decoder", "encoder", "projector", "decoder.embed_tokens", ""])
+    def test_offloaded_weights(self, make_model, tmp_path, offloaded):
+        accelerate = pytest.importorskip("accelerate")
+        model = make_model()
+        expected = model.encode(TEXTS, instruction="Find it for me")
+        parts = ["encoder", "projector", *(f"decoder.{name}" for name, _ in model.decoder.named_children())]
+        device_map = {part: "disk" if part.startswith(offloaded) else "cpu" for part in parts}
+        accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        for _ in range(2):
+            assert difference(model.encode(TEXTS, instruction="Find it for me"), expected) <= FP32_BOUND
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("decoder", ["cpu", 0, "disk"])
+    @pytest.mark.parametrize("encoder", ["cpu", 0, "disk"])
+    def test_towers_on_two_devices(self, tiny_model, saved_dir, tmp_path, encoder, decoder):
+        device_map = {"encoder": encoder, "projector": encoder, "decoder": decoder}
+        model = Causal2VecModel.from_pretrained(saved_dir, device_map=device_map, offload_folder=tmp_path)
+        for packed in (False, True):
+            vectors = model.encode(TEXTS, instruction="Find it for me", packed=packed)
+            assert difference(vectors, tiny_model.encode(TEXTS, instruction="Find it for me")) <= 1e-4
+        batch = model.processor(TEXTS, "Find it for me")
+        with torch.no_grad():
+            mean = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
+            embeddings = model(batch["input_ids"], batch["attention_mask"], encoder_embedding=mean, share_heads=True)
+        expected = embed(tiny_model, tiny_model.processor(TEXTS, "Find it for me"))
+        assert difference(embeddings.embeddings.cpu(), expected) <= 1e-4
+
+    @pytest.mark.filterwarnings("ignore")  # of torch.ao, which is to move to another package
+    @pytest.mark.parametrize("embeddings", [False, True])
+    def test_quantised(self, tiny_model, embeddings):
+        from torch.ao.quantization import default_dynamic_qconfig, float_qparams_weight_only_qconfig, quantize_dynamic
+
+        spec = {torch.nn.Linear: default_dynamic_qconfig}
+        if embeddings:
+            spec["decoder.embed_tokens"] = float_qparams_weight_only_qconfig
+        quantised = quantize_dynamic(tiny_model, spec)
+        assert not list(quantised.projector.parameters())
+        for _ in range(2):
+            vectors = quantised.encode(TEXTS, instruction="Find it for me")
+            cosines = (vectors * tiny_model.encode(TEXTS, instruction="Find it for me")).sum(-1)
+            assert (cosines > 0.99).all() and not (cosines > 0.999999).all()
+        assert quantised.prefix_cache.hits > 0
 
     def test_construction_on_meta(self, model):
         with torch.device("meta"):
