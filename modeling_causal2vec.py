@@ -12,6 +12,7 @@ configuration; the methods that the paper compares with are in baselines.py, as 
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from .packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from .prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
     from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
@@ -41,7 +42,7 @@ try:
     )
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
     from prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
     from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
@@ -102,6 +103,42 @@ class Causal2VecProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (..., hidden_size)
 
 
+class EvalMode(ForkSafeLock):
+    """
+    `with eval_mode(model):` keeps a model in eval mode as long as any thread is inside. The last one to leave restores
+    what was in training, which a frozen encoder may not have been.
+    """
+
+    def __init__(self):
+        self._threads, self._training = 0, []
+        super().__init__()
+
+    @contextmanager
+    def __call__(self, model: nn.Module):
+        with self:
+            training = [module for module in model.modules() if module.training]
+            if training:
+                self._training += training
+                model.eval()
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self:
+                self._threads -= 1
+                if self._threads == 0:
+                    self._restore()
+
+    def renew(self) -> None:
+        super().renew()
+        self._threads = 0
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._training:
+            self._training.pop().training = True
+
+
 class Causal2VecPreTrainedModel(PreTrainedModel):
     config_class = Causal2VecConfig
     config: Causal2VecConfig
@@ -151,6 +188,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self._processor: Causal2VecProcessor | None = None
         self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
         self.prefix_cache = PrefixCache()
+        self._eval_mode = EvalMode()
         self.post_init()
 
     def add_encoder(self, encoder: PreTrainedModel | None) -> None:
@@ -417,7 +455,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         show_progress_bar: bool | None = None,
     ):
         """
-        Embeds texts.
+        Embeds texts. Any number of threads may do so at a time, also with a model in training mode.
 
         Args:
             texts (`str` or list of `str`): What to embed.
@@ -469,8 +507,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             count_heads=not self.prefix_cache.enabled or is_offloaded(self.decoder),
         )
         embeddings = torch.empty(len(texts), dim)
-        training = [module for module in self.modules() if module.training]  # a frozen encoder may be in eval mode
-        self.eval()
         progress = logging.tqdm(
             total=len(texts),
             desc="Encoding",
@@ -478,7 +514,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             delay=0 if show_progress_bar else 5,
             disable=None if show_progress_bar is None else not show_progress_bar,
         )
-        try:
+        with progress, self._eval_mode(self):
             for rows, batch in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -488,10 +524,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
                 progress.update(len(rows))
-        finally:
-            progress.close()
-            for module in training:
-                module.training = True
 
         embeddings = embeddings[0] if single else embeddings
         return embeddings if convert_to_tensor else embeddings.numpy()

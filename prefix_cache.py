@@ -7,7 +7,6 @@ kept outlives a change of the decoder's weights, adapters, dtype, device or atte
 """
 
 import inspect
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION, Packing
+    from .packing import PACKED_ATTENTION, ForkSafeLock, Packing
 except ImportError:  # imported from a clone, where these files are top-level modules
-    from packing import PACKED_ATTENTION, Packing
+    from packing import PACKED_ATTENTION, ForkSafeLock, Packing
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +65,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int | None = 256 * 2**20, max_entries: int | None = 64, min_tokens: int = 4):
         self.max_bytes, self.max_entries, self.min_tokens = max_bytes, max_entries, min_tokens
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self.clear()
 
     @property

@@ -5,8 +5,11 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import packing
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
 from modeling_causal2vec import (
     Causal2VecModel,
@@ -1101,6 +1105,37 @@ class TestEncode:
         assert {name: module.training for name, module in model.named_modules()} == modes
         assert model.training and model.decoder.training and not model.encoder.training
 
+    def test_threads_and_training_mode(self, make_model):
+        """The first to come is the first to leave, while the other has yet to read its texts."""
+        model = make_model().eval()
+        expected = model.encode(TEXTS[0])
+        model.train()
+        modes = {name: module.training for name, module in model.named_modules()}
+        second_is_in, first_is_out, vectors = threading.Event(), threading.Event(), {}
+
+        def wait(*_):
+            if threading.current_thread().name == "first":
+                second.start()
+                assert second_is_in.wait(60)
+            else:
+                second_is_in.set()
+                assert first_is_out.wait(60)
+
+        def encode():
+            vectors[threading.current_thread().name] = model.encode(TEXTS[0])
+
+        hook = model.encoder.register_forward_pre_hook(wait)
+        first, second = (threading.Thread(target=encode, name=name, daemon=True) for name in ("first", "second"))
+        first.start()
+        first.join()
+        assert not model.training, "the second is not done"
+        hook.remove()
+        first_is_out.set()
+        second.join()
+        for name in ("first", "second"):
+            assert difference(vectors[name], expected) <= SAME, name
+        assert {name: module.training for name, module in model.named_modules()} == modes
+
     def test_no_graph_is_built(self, make_model):
         model = make_model()
         seen = []
@@ -1212,6 +1247,32 @@ class TestProcesses:
         loader = torch.utils.data.DataLoader(EncodingDataset(tiny_model, TEXTS), batch_size=3, num_workers=1)
         vectors = torch.cat(list(loader))
         assert difference(vectors, tiny_model.encode(TEXTS)) <= FP32_BOUND
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_process_forked_while_a_thread_encodes(self, make_model):
+        model = make_model()
+        expected = model.encode(TEXTS, instruction="Find it")
+        model.train()
+        locked, forked = threading.Event(), threading.Event()
+
+        def hold_all():
+            with model._eval_mode(model), packing._SWITCHING, model.prefix_cache._lock:
+                locked.set()
+                forked.wait(60)
+
+        thread = threading.Thread(target=hold_all, daemon=True)
+        thread.start()
+        assert locked.wait(60) and not model.training
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that waits for ever
+            right = model.training
+            for _ in range(2):
+                right &= difference(model.encode(TEXTS, instruction="Find it", packed=True), expected) <= FP32_BOUND
+            os._exit(0 if right and model.training else 1)
+        forked.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0 and model.training
 
     def test_a_spawned_process(self, tiny_model):
         context = multiprocessing.get_context("spawn")
