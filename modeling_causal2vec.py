@@ -11,6 +11,7 @@ configuration; the methods that the paper compares with are in baselines.py, as 
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -37,6 +38,8 @@ try:
         Causal2VecProcessor,
         broadcast_instruction,
         check_texts,
+        count_cut,
+        describe_cut,
         format_examples,
         load_tokenizers,
     )
@@ -49,6 +52,8 @@ except ImportError:  # imported from a clone, where these files are top-level mo
         Causal2VecProcessor,
         broadcast_instruction,
         check_texts,
+        count_cut,
+        describe_cut,
         format_examples,
         load_tokenizers,
     )
@@ -188,7 +193,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self._processor: Causal2VecProcessor | None = None
         self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
         self.prefix_cache = PrefixCache()
-        self._eval_mode = EvalMode()
+        self.truncated = Counter()  # see `encode`
+        self._eval_mode, self._counting = EvalMode(), ForkSafeLock()
         self.post_init()
 
     def add_encoder(self, encoder: PreTrainedModel | None) -> None:
@@ -451,6 +457,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         max_length: int | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
+        truncation: str = "warn",
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
     ):
@@ -471,6 +478,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 cosine.
             truncate_dim (`int`, *optional*): Keep this many numbers, the first half of them from each of the two states
                 that an embedding joins.
+            truncation (`str`, defaults to `"warn"`): Texts longer than a tower reads are cut. `"warn"` says how many were,
+                `"silent"` does not, `"error"` refuses them before anything is embedded. `model.truncated` counts them.
             convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
             show_progress_bar (`bool`, *optional*): Defaults to a bar on a terminal when it takes more than 5 seconds.
 
@@ -488,6 +497,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
             raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
+        if truncation not in ("warn", "error", "silent"):
+            raise ValueError(f"`truncation` must be 'warn', 'error' or 'silent', got {truncation!r}.")
         dim = self.config.embedding_size if truncate_dim is None else truncate_dim
         check_truncate_dim(dim, self.config.embedding_sizes)
         limit = position_limit(self.decoder)
@@ -495,6 +506,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
         format_examples(examples, None)  # refuses what is no list of examples for all texts
         processor, device = self.processor, device_of(self.get_input_embeddings())
+
+        if truncation == "error":
+            cut = processor.towers_cut(texts, instructions, examples, max_length)
+            processor.refuse_cut(cut, processor.limits(max_length, examples))
 
         batches = sorted_batches(
             processor,
@@ -506,7 +521,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_batch_tokens,
             count_heads=not self.prefix_cache.enabled or is_offloaded(self.decoder),
         )
-        embeddings = torch.empty(len(texts), dim)
+        embeddings, truncated = torch.empty(len(texts), dim), Counter()
         progress = logging.tqdm(
             total=len(texts),
             desc="Encoding",
@@ -515,7 +530,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             disable=None if show_progress_bar is None else not show_progress_bar,
         )
         with progress, self._eval_mode(self):
-            for rows, batch in batches:
+            for rows, batch, cut in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
                     vectors = self.embed(**batch, packed=packed).float()  # (rows, embedding_size)
@@ -523,10 +538,20 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
+                truncated += count_cut(cut)
                 progress.update(len(rows))
+        if truncated:
+            self.add_truncated(truncated)
+            if truncation == "warn":
+                logger.warning(describe_cut(truncated, len(texts), processor.limits(max_length, examples)))
 
         embeddings = embeddings[0] if single else embeddings
         return embeddings if convert_to_tensor else embeddings.numpy()
+
+    def add_truncated(self, counts: Counter) -> None:
+        """Adds what `count_cut` has counted to `truncated`."""
+        with self._counting:
+            self.truncated.update(counts)
 
     def encode_query(
         self, texts: str | Sequence[str], *, instruction: str | Sequence[str | None] | None = None, **kwargs

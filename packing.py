@@ -82,13 +82,13 @@ def sorted_batches(
     batch_size: int = 32,
     max_tokens: int | None = None,
     count_heads: bool = True,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[tuple[str, ...]]]]:
     """
     Cuts texts into batches of at most `batch_size` rows and `max_tokens` decoder tokens, padding included (but of one row
     at least); without `count_heads`, what stands before the slot is left out of that.
 
     Returns:
-        Pairs of the texts' positions and the four tensors that the model reads.
+        The texts' positions, the four tensors that the model reads, and per text the towers that read only its beginning.
     """
     # Texts of a common instruction stay together, as they share their head; the rest is sorted by length alone.
     counts = Counter(instructions)
@@ -96,7 +96,7 @@ def sorted_batches(
     order = sorted(range(len(texts)), key=lambda i: (groups.get(instructions[i], -1), -len(texts[i])))
     for start in range(0, len(order), WINDOW * batch_size):
         window = order[start : start + WINDOW * batch_size]
-        tensors = processor(
+        tensors, cut_texts = processor.tokenize(
             [texts[i] for i in window], [instructions[i] for i in window], examples=examples, max_length=max_length
         )
         counted = tensors["attention_mask"]  # (texts, seq_len)
@@ -110,7 +110,7 @@ def sorted_batches(
             for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
                 if ids in tensors:
                     batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
-            yield [window[place] for place in places], batch
+            yield [window[place] for place in places], batch, [cut_texts[place] for place in places]
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:

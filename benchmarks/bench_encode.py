@@ -197,7 +197,7 @@ class Methods:
         instructions = [self.instruction] * len(self.texts)
         batches = [
             {name: tensor.to(self.device) for name, tensor in batch.items()}
-            for _, batch in sorted_batches(self.processor, self.texts, instructions, examples, None, self.batch_size)
+            for _, batch, _ in sorted_batches(self.processor, self.texts, instructions, examples, None, self.batch_size)
         ]
 
         def run() -> torch.Tensor:

@@ -700,6 +700,23 @@ def test_vectors_can_be_kept_on_disk(checkpoint, data_dir, tmp_path, monkeypatch
     np.testing.assert_allclose(first, encoder.backend.model.encode(texts), atol=1e-5)
 
 
+def test_texts_that_are_cut_are_counted(checkpoint, data_dir, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    tasks, encoder = load(checkpoint, data_dir, output, "--max_length", "100", "--cache_dir", str(tmp_path / "vectors"))
+    metadata = next(task for task in tasks if task.name == "SciFact").leaves()[0].metadata
+    monkeypatch.setattr(mteb_encoder, "CHUNK", 3)
+    texts = ["hi", "z " * 39, "z " * 300, "z " * 300, "ho"]
+    for _ in range(2):  # the second time from the cache
+        encoder.truncated.clear()
+        encoder.embed(texts, metadata, "document")
+        assert encoder.truncated == {"texts": 3, "decoder": 2, "encoder": 3, "of": 5}
+    encoder.embed(texts[:2], metadata, "query")  # has less room, for its instruction
+    eval_mteb.run(tasks, [encoder], output)
+    for record in read_run(output).records.values():
+        assert set(record["truncated"]) == {"texts", "decoder", "encoder", "of"}
+        assert record["truncated"]["texts"] <= record["truncated"]["of"] <= record["texts"]
+
+
 def test_no_texts_give_no_vectors(checkpoint, data_dir, tmp_path):
     tasks, encoder = load(checkpoint, data_dir, tmp_path / "out")
     vectors = encoder.embed([], tasks[0].leaves()[0].metadata, "document")

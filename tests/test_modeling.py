@@ -1219,6 +1219,41 @@ class TestEncode:
         assert (np.abs(scores) <= 1 + 1e-6).all()
 
 
+class TestTruncation:
+    """The encoder of the tiny model reads 40 tokens, its decoder 512."""
+
+    TEXTS = ["hi", "a b " * 12, "hi", "word " * 30, "word " * 600]
+
+    def test_texts_are_counted_and_told_once(self, make_model, caplog):
+        model = make_model(max_seq_length=20)
+        expected = model.encode(self.TEXTS, truncation="silent")
+        assert model.truncated == {"texts": 3, "decoder": 3, "encoder": 2} and not caplog.records
+        vectors = model.encode(self.TEXTS, batch_size=1)
+        assert difference(vectors, expected) <= FP32_BOUND
+        (record,) = caplog.records
+        for fact in ("3 of 5", "3 by the decoder (at 20", "2 by the encoder (at 40"):
+            assert fact in record.getMessage()
+        model.encode(self.TEXTS[1:2], max_length=100)
+        assert model.truncated == {"texts": 6, "decoder": 6, "encoder": 4} and len(caplog.records) == 1
+
+    @pytest.mark.parametrize(
+        "max_length, facts", [(20, ["position 1 ", "decoder", "20 tokens"]), (None, ["position 3 ", "encoder", "40"])]
+    )
+    def test_they_can_be_refused(self, tiny_model, max_length, facts):
+        seen = []
+        hook = tiny_model.encoder.register_forward_pre_hook(lambda *_: seen.append(1))
+        with pytest.raises(ValueError) as error:
+            tiny_model.encode(self.TEXTS, max_length=max_length, truncation="error")
+        assert all(fact in str(error.value) for fact in facts) and not seen
+        tiny_model.encode(self.TEXTS[:3], truncation="error")
+        hook.remove()
+        assert seen
+
+    def test_no_such_choice(self, tiny_model):
+        with pytest.raises(ValueError, match="`truncation` must be 'warn', 'error' or 'silent', got True"):
+            tiny_model.encode("hi", truncation=True)
+
+
 class EncodingDataset(torch.utils.data.Dataset):
     def __init__(self, model, texts):
         self.model, self.texts = model, texts
@@ -1256,7 +1291,7 @@ class TestProcesses:
         locked, forked = threading.Event(), threading.Event()
 
         def hold_all():
-            with model._eval_mode(model), packing._SWITCHING, model.prefix_cache._lock:
+            with model._eval_mode(model), packing._SWITCHING, model.prefix_cache._lock, model._counting:
                 locked.set()
                 forked.wait(60)
 

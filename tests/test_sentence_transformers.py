@@ -82,6 +82,18 @@ def test_truncation_refuses_what_encode_refuses(model, tiny_model):
             encode(TEXTS, truncate_dim=7)
 
 
+def test_texts_that_are_cut_are_counted_and_told_once(saved_dir, caplog):
+    model = SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    texts = ["hi", "word " * 30, "word " * 600]
+    model.encode(texts[:1])
+    assert not model[0].truncated and not caplog.records
+    for _ in range(2):
+        model.encode(texts, batch_size=1)
+    assert model[0].truncated == {"texts": 4, "decoder": 2, "encoder": 4}
+    (record,) = [record for record in caplog.records if "truncated" in record.getMessage()]
+    assert record.levelname == "WARNING" and "(at 512 tokens)" in record.getMessage()
+
+
 def test_the_fast_path_is_used(model):
     cache = model[0].model.prefix_cache
     cache.clear()
