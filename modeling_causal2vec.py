@@ -10,11 +10,14 @@ configuration; the methods that the paper compares with are in baselines.py, as 
 """
 
 import json
+import math
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -401,6 +404,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         (default: on a CPU without gradients, where it was measured to pay) neither tower reads much padding: the decoder
         reads rows joined into one, the encoder reads rows of like length together.
         """
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            warn_of_slow_dtype(self.decoder)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if encoder_attention_mask is None and encoder_ids is not None:
@@ -854,6 +859,35 @@ def position_limit(backbone: PreTrainedModel) -> int | None:
             # RoBERTa and its kin start counting behind the padding id.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+
+
+@cache
+def half_precision_cost(dtype: torch.dtype) -> float:
+    """How many times as long a matrix product takes on this CPU as in float32: measured once, in some milliseconds."""
+    seconds = dict.fromkeys((torch.float32, dtype), math.inf)
+    with torch.autocast("cpu", enabled=False):
+        for _ in range(4):
+            for kind in seconds:
+                matrix = torch.ones(256, 256, dtype=kind, device="cpu")
+                start = time.perf_counter()
+                matrix @ matrix
+                seconds[kind] = min(seconds[kind], time.perf_counter() - start)
+    return seconds[dtype] / seconds[torch.float32]
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16 at least as fast as in float32. Without instructions for it, far slower."""
+    return half_precision_cost(torch.bfloat16) <= 1
+
+
+def warn_of_slow_dtype(model: PreTrainedModel) -> None:
+    """Says once what a model on the CPU would gain by float32, where it computes in a slower half precision."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
+    if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > 1:
+        logger.warning_once(
+            f"{dtype} is slow on this processor: a matrix product took {half_precision_cost(dtype):.1f} times as long as "
+            'in float32. Load the model with dtype="float32", and without autocast.'
+        )
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,15 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import modeling_causal2vec
 import packing
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
 from modeling_causal2vec import (
     Causal2VecModel,
     Causal2VecPreTrainedModel,
     find_prompt_template,
+    half_precision_cost,
+    has_fast_bfloat16,
     masked_mean,
     position_limit,
 )
@@ -318,6 +321,31 @@ class TestBfloat16:
         mask[0, :511], mask[1, :1] = 1, 1
         expected = torch.stack([states[0, :511].float().mean(0), states[1, 0].float()])
         assert torch.equal(masked_mean(states, mask), expected.bfloat16())
+
+    @pytest.mark.parametrize("how", ["dtype", "autocast"])
+    def test_a_slow_dtype_is_told_once(self, bf16_dir, saved_dir, monkeypatch, caplog, how):
+        cost = {"dtype": 98.7, "autocast": 87.6}[how]  # a message of its own
+        monkeypatch.setattr(modeling_causal2vec, "half_precision_cost", lambda dtype: cost)
+        model = Causal2VecModel.from_pretrained(bf16_dir if how == "dtype" else saved_dir)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+                model.encode(TEXTS, truncation="silent")
+        assert caplog.text.count(f"{cost} times") == 1 and "float32" in caplog.text
+
+    def test_neither_a_fast_dtype_nor_float32_is_told(self, bf16_dir, saved_dir, monkeypatch, caplog):
+        for folder, cost in ((bf16_dir, 0.5), (saved_dir, 76.5)):
+            monkeypatch.setattr(modeling_causal2vec, "half_precision_cost", lambda dtype, cost=cost: cost)
+            Causal2VecModel.from_pretrained(folder).encode(TEXTS, truncation="silent")
+        assert "times" not in caplog.text
+
+    def test_the_cost_is_measured_in_the_dtype_that_is_asked_for(self, monkeypatch):
+        seen = []
+        multiply = torch.Tensor.__matmul__
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(multiply(a, b).dtype) or a)
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert half_precision_cost.__wrapped__(torch.bfloat16) > 0
+        assert set(seen) == {torch.float32, torch.bfloat16}
+        assert has_fast_bfloat16() is (half_precision_cost(torch.bfloat16) <= 1)
 
 
 class TestNames:
