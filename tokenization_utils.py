@@ -12,6 +12,7 @@ ablations, several Contextual tokens have as many slots next to each other, and 
 `[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -421,8 +422,9 @@ def _is_settled(tokenizer, encoding, count: int) -> bool:
     """Whether an encoding's first tokens, `count` of them, stay what they are, whatever follows its text."""
     words, tokens = encoding.word_ids, encoding.tokens
     starts = [i for i in range(1, len(words)) if words[i] != words[i - 1]]
-    if not _leaves(starts, count) and _keeps_words_apart(tokenizer):
-        starts = [i for i in range(1, len(tokens)) if tokens[i].startswith("▁") and not tokens[i - 1].endswith("▁")]
+    if not _leaves(starts, count):  # perhaps the whole text is one word, with ▁ for spaces, as for Llama 2 and Gemma
+        joined = _joined_to_spaces(tokenizer)
+        starts = [i for i in range(1, len(tokens)) if tokens[i].startswith("▁") and tokens[i - 1][-1:] not in joined]
     return _leaves(starts, count)
 
 
@@ -431,14 +433,14 @@ def _leaves(starts: list[int], count: int) -> bool:
     return len(starts) >= UNSETTLED and starts[-UNSETTLED] >= count
 
 
-_APART: WeakKeyDictionary = WeakKeyDictionary()
+_JOINED: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _keeps_words_apart(tokenizer) -> bool:
-    """Whether no token reaches over the start of a word: some tokenizers, such as Llama 2's, see a text as one word."""
-    if tokenizer not in _APART:
-        _APART[tokenizer] = not any("▁" in token.lstrip("▁") for token in tokenizer.get_vocab())
-    return _APART[tokenizer]
+def _joined_to_spaces(tokenizer) -> set[str]:
+    """The characters that stand before a space within some token, so that a token may reach over the end of a word."""
+    if tokenizer not in _JOINED:
+        _JOINED[tokenizer] = {c for token in tokenizer.get_vocab() for c in re.findall("(?s).(?=▁)", token)}
+    return _JOINED[tokenizer]
 
 
 def ids_around(tokenizer) -> tuple[list[int], list[int]]:
