@@ -1,5 +1,6 @@
 # make demo    searches this README with the bundled checkpoint
 # make test    runs the whole suite
+# make bases   fills bases/ with pretrained encoders and decoders to train from; see scripts/bases.py
 # make lint    runs ruff
 # make test-oldest    runs the core of the suite on the oldest supported torch and transformers, in .venv-oldest
 # Each prepares .venv first, which takes minutes once and nothing afterwards. `make clean` removes it.
@@ -14,6 +15,7 @@ CONSTRAINTS ?= constraints.txt
 QUERY ?= how is the model trained
 FILES ?= README.md
 PYTEST_ARGS ?=
+BASES_ARGS ?=
 OLDEST ?= transformers==5.17.0 huggingface_hub==1.5.0 safetensors==0.8.0
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST_TESTS ?= $(addprefix tests/test_,configuration.py tokenization.py modeling.py remote_code.py trust.py prefix_cache.py packing.py embed.py)
@@ -21,7 +23,7 @@ OLDEST_TESTS ?= $(addprefix tests/test_,configuration.py tokenization.py modelin
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --constraint $(VENV)/torch.txt --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest bases lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/python embed.py search "$(QUERY)" $(FILES)
@@ -31,6 +33,9 @@ test: $(VENV)/.test
 
 test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+bases: $(VENV)/.gguf
+	$(BIN)/python -m scripts.bases $(BASES_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -49,6 +54,10 @@ $(VENV)/torch.txt:
 
 $(VENV)/.core: $(VENV)/torch.txt pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.gguf: $(VENV)/.core
+	$(INSTALL) --editable ".[gguf]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core

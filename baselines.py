@@ -25,11 +25,11 @@ if TYPE_CHECKING:  # never imported here; named so that a loader that follows on
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import Causal2VecConfig
-    from .modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true
+    from .modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, interleave, last_true
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import Causal2VecConfig
-    from modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, last_true
+    from modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, interleave, last_true
     from tokenization_utils import Causal2VecProcessor
 
 
@@ -80,7 +80,7 @@ class LastTokenModel(Causal2VecModel):
 class EmbeddingConcatModel(Causal2VecModel):
     """
     Two embedding models side by side (ECat): EOS's state and the encoder's mean, `hidden_size + encoder_hidden_size`
-    numbers. They are concatenated as they are, so the longer of the two counts more.
+    numbers, interleaved where they are of one size. They are joined as they are, so the longer of the two counts more.
     """
 
     baseline = "embedding_concat"
@@ -94,7 +94,10 @@ class EmbeddingConcatModel(Causal2VecModel):
         return self.get_encoder_embedding(encoder_ids, encoder_attention_mask)
 
     def pool(self, contextual_state, eos_state: torch.Tensor, contextual_token: torch.Tensor) -> torch.Tensor:
-        return torch.cat([eos_state, contextual_token.to(eos_state)], dim=-1)
+        contextual_token = contextual_token.to(eos_state)  # (batch, encoder_hidden_size)
+        if contextual_token.shape == eos_state.shape:
+            return interleave(eos_state, contextual_token)
+        return torch.cat([eos_state, contextual_token], dim=-1)
 
 
 @dataclass

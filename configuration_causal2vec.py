@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 # Prompt templates of instruction-tuned decoders (Causal2Vec, appendix A.1), found by a marker in the chat template that
-# the decoder's tokenizer carries: name -> (marker, prompt_head, prompt_tail). Text goes between head and tail.
+# the decoder's tokenizer carries: name -> (marker, prompt_head, prompt_tail). Text goes between head and tail. The paper's
+# tail for Qwen2.5-Instruct, <|im_end|>, is that model's EOS token as well: a row then ends in it once, not twice.
 PROMPT_TEMPLATES = {
     "llama-3": ("<|start_header_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_start|>user\n", "<|im_end|>"),
@@ -66,7 +67,7 @@ class Causal2VecConfig(PreTrainedConfig):
         prompt_head (`str`, defaults to `""`):
             Template text before the instruction. Control tokens in it are encoded as such.
         prompt_tail (`str`, defaults to `""`):
-            Template text between the input text and the EOS token.
+            Template text between the input text and the EOS token. One that ends in the EOS token gets no second one.
         text_prefix (`str`, defaults to `""`):
             What the encoder expects before every text, such as `"query: "`.
         query_instruction (`str`, *optional*):

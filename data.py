@@ -6,6 +6,7 @@ one dataset and share one instruction; every row is seen once per epoch; what a 
 epoch and the row alone, so that a resumed run sees what it would have seen.
 """
 
+import codecs
 import gzip
 import hashlib
 import itertools
@@ -13,6 +14,8 @@ import json
 import logging
 import os
 import random
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 QUERY_NAMES = ("query", "anchor", "sentence1", "question")
 POSITIVE_NAMES = ("positive", "sentence2", "answer", "pos")
+NEGATIVE_NAMES = re.compile(r"negatives?|neg|negative_\d+")  # and not what mined rows have beside them: negative_score
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -68,14 +72,40 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message holds file, line and reason."""
 
 
+def read_json(path: str | Path):
+    """
+    The contents of a JSON file, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON; the message holds file, line and column.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (RecursionError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line}: {_json_fault(error)}.") from None
+
+
+def _json_fault(error: Exception) -> str:
+    """What is wrong with JSON that Python did not read."""
+    match error:
+        case UnicodeDecodeError():
+            return f"invalid UTF-8 at byte {error.start}"
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg} at column {error.colno}"
+        case RecursionError():
+            return "nested too deep"
+    return f"not JSON: {error}"  # an integer of 5,000 digits
+
+
 def read_data_file(path: str, names: list[str] | None = None) -> list[DatasetSpec]:
     """
     Reads a data file, or only the named datasets of it.
 
     Raises:
-        ValueError: an unknown or repeated name, an unknown field, or nothing listed.
+        ValueError: see `read_json`; an unknown or repeated name, an unknown field, or nothing listed.
     """
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    entries = read_json(path)
     try:
         specs = [DatasetSpec(**entry) for entry in entries]
     except TypeError as error:
@@ -96,10 +126,10 @@ def normalise_row(row: dict, where: str) -> dict:
     A row of any layout as `{"query", "positive", "negatives"}`.
 
     Query: `query` or `anchor`; positive: `positive` (a string or a list, whose first counts); negatives: `negative`,
-    `negatives`, `negative_1` ... `negative_n`.
+    `negatives`, `neg`, `negative_1` ... `negative_n`.
 
     Raises:
-        BadRow: a field is missing, empty or of the wrong type.
+        BadRow: a field is missing, empty, of the wrong type, or holds half of a character.
     """
     if not isinstance(row, dict):
         raise BadRow(f"{where}: expected an object with query and positive, got {type(row).__name__}")
@@ -109,7 +139,7 @@ def normalise_row(row: dict, where: str) -> dict:
         positive = positive[0] if positive else None
     negatives: list = []
     for name, value in row.items():
-        if name in ("negative", "negatives", "neg") or name.startswith("negative_"):
+        if NEGATIVE_NAMES.fullmatch(name):
             negatives.extend(value if isinstance(value, list) else [] if value is None else [value])
     for name, value in (("query", query), ("positive", positive), *(("negative", value) for value in negatives)):
         if value is None:
@@ -118,6 +148,10 @@ def normalise_row(row: dict, where: str) -> dict:
             raise BadRow(f"{where}: {name} must be a string, got {type(value).__name__}")
         if not value.strip():
             raise BadRow(f"{where}: {name} is empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write one half of a surrogate pair; Arrow and tokenizers cannot
+            raise BadRow(f"{where}: {name} is no Unicode text: a lone surrogate at character {error.start}") from None
     return {"query": query, "positive": positive, "negatives": negatives}
 
 
@@ -127,6 +161,7 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
 
     Raises:
         BadRow: at the first row that cannot be used, unless `skip_bad_rows`; they are then counted and logged.
+        OSError: the file cannot be read, or is damaged.
     """
     return _checked(_raw_rows(path), path, skip_bad_rows)
 
@@ -147,19 +182,28 @@ def _checked(rows: Iterable[tuple[str, bytes | dict]], name: str, skip_bad_rows:
 
 
 def _raw_rows(path: str) -> Iterator[tuple[str, bytes | dict]]:
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
+    try:
+        yield from _parquet_rows(path) if path.endswith(".parquet") else _lines(path)
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: pyarrow's, and parquet's invalid UTF-8
+        raise OSError(f"{path} cannot be read: {error}. If it is damaged or cut off, get the file again.") from error
 
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    else:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, dict]]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
 def _parse(row: bytes | dict, where: str) -> dict:
@@ -167,10 +211,8 @@ def _parse(row: bytes | dict, where: str) -> dict:
         return row
     try:
         return json.loads(row.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"{where}: invalid UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError) as error:
+        raise BadRow(f"{where}: {_json_fault(error)}") from None
 
 
 def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: bool = False):
@@ -180,7 +222,7 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
     Files are read and checked once; the Arrow copy in `cache_dir` is used again until the file changes.
 
     Raises:
-        BadRow: see `read_rows`.
+        BadRow, OSError: see `read_rows`.
         FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
         ValueError: no usable row.
     """
@@ -200,7 +242,10 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
             raise ValueError(f"Dataset {spec.name!r}: {path} holds no usable row.")
         stat = os.stat(path)
         source["version"] = f"{stat.st_size}-{stat.st_mtime_ns}"
-    return datasets.Dataset.from_generator(generator, features=features, cache_dir=cache_dir, gen_kwargs=source)
+    try:
+        return datasets.Dataset.from_generator(generator, features=features, cache_dir=cache_dir, gen_kwargs=source)
+    except datasets.exceptions.DatasetGenerationError as error:  # which only says that there was one
+        raise error.__cause__ or error from None
 
 
 def stream_rows(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool = False):
@@ -471,7 +516,7 @@ class Collator:
     """
     Makes the tensors of a micro-batch: `queries` and `documents` (positives first, then all hard negatives), each the
     processor's four tensors, and `query_ids` (batch,), `document_ids` (documents,): one number per distinct text, by
-    which the loss knows duplicates on every rank. `dataset` and `rows` say where it came from.
+    which the loss knows duplicates on every rank. `decoder_tokens` counts, `dataset` and `rows` say where it came from.
     """
 
     def __init__(self, processor, max_length: int | None = None):
@@ -480,9 +525,13 @@ class Collator:
     def __call__(self, batch: list[Example]) -> dict:
         queries = [example.query for example in batch]
         documents = [example.positive for example in batch] + [text for e in batch for text in e.negatives]
-        return {
+        sides = {
             "queries": self.encode_queries(batch),
             "documents": dict(self.processor(documents, batch[0].document_instruction, max_length=self.max_length)),
+        }
+        return {
+            **sides,
+            "decoder_tokens": sum(int(side["attention_mask"].sum()) for side in sides.values()),
             "query_ids": torch.tensor([text_id(text) for text in queries]),
             "document_ids": torch.tensor([text_id(text) for text in documents]),
             "dataset": batch[0].dataset,

@@ -3,11 +3,17 @@
 Never a test set: choices made by these numbers belong to data that no result is reported on.
 """
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+
+RETRIEVAL_CONFIGS = ("corpus", "queries", "default")
 
 
 @dataclass
@@ -78,8 +84,11 @@ def load_pack(folder: str, instruction: str | None, limit: int | None = None) ->
 
     name = os.path.basename(os.path.normpath(folder))
     configs = datasets.get_dataset_config_names(folder)
-    if {"corpus", "queries"} <= set(configs):
-        corpus, queries, qrels = (_only_split(folder, config) for config in ("corpus", "queries", "default"))
+    is_retrieval = {"corpus", "queries"} <= set(configs)
+    with own_cache(folder_revision(Path(folder))):
+        tables = [_only_split(folder, config) for config in (RETRIEVAL_CONFIGS if is_retrieval else configs[:1])]
+    if is_retrieval:
+        corpus, queries, qrels = tables
         places = {row["_id"]: place for place, row in enumerate(corpus)}
         relevant: dict[str, set[int]] = {}
         for row in qrels:
@@ -93,7 +102,7 @@ def load_pack(folder: str, instruction: str | None, limit: int | None = None) ->
             [relevant[row["_id"]] for row in asked],
             instruction,
         )
-    rows = _only_split(folder, configs[0])
+    (rows,) = tables
     if not {"sentence1", "sentence2", "score"} <= set(rows.column_names):
         raise ValueError(
             f"{folder} is neither an STS pack (sentence1, sentence2, score) nor a retrieval pack (configs corpus, "
@@ -110,6 +119,34 @@ def _only_split(folder: str, config: str):
     return splits["test"] if "test" in splits else next(iter(splits.values()))
 
 
+def folder_revision(folder: Path) -> str:
+    """Stands for the content of a local dataset, as a commit does for one on the Hub."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"local-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def own_cache(revision: str) -> Iterator[None]:
+    """
+    Gives each content of a local folder a cache of its own: that of `datasets` goes by the folder's name, and would give
+    out what another folder of this name held, or the same one before it was changed.
+    """
+    import datasets
+
+    common = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = Path(common) / revision
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = common
+
+
 def held_out(rows, spec, count: int, seed: int):
     """
     Splits rows in two: those to train on, and a [`RetrievalDev`] whose queries are `count` others. No row to train on
@@ -118,13 +155,19 @@ def held_out(rows, spec, count: int, seed: int):
     Raises:
         ValueError: that would leave none.
     """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if count >= len(rows):
         raise ValueError(f"--dev_rows {count} leaves nothing to train on: {spec.name} has {len(rows)} rows.")
     shuffled = rows.shuffle(seed=seed)
-    dev = shuffled.select(range(count))
-    known = set(dev["query"]) | set(dev["positive"])
+    dev = shuffled.select(range(count)).to_list()
     rest = shuffled.select(range(count, len(rows)))
-    rest = rest.select([i for i, row in enumerate(rest) if row["query"] not in known and row["positive"] not in known])
+    known = pa.array(sorted({row[name] for row in dev for name in ("query", "positive")}), pa.string())
+    texts = rest.select_columns(["query", "positive"]).with_format("arrow").iter(10_000)
+    leaks = [pc.or_(*(pc.is_in(batch[name], known) for name in batch.column_names)).to_numpy() for batch in texts]
+    rest = rest.select(np.flatnonzero(~np.concatenate(leaks)))
     corpus = sorted({text for row in dev for text in (row["positive"], *row["negatives"])})
     places = {text: place for place, text in enumerate(corpus)}
     answers: dict[str, set[int]] = {}

@@ -526,8 +526,8 @@ def analyze(encoder: MTEBEncoder, tasks: Sequence, output: str | Path, count: in
             vectors = encoder.backend.model.encode(
                 texts, instruction=instruction, batch_size=encoder.batch_size, normalize_embeddings=False
             )
-            halves = np.linalg.norm(vectors.reshape(len(texts), 2, -1), axis=-1)  # (texts, 2)
-            norms[task.name] = dict(zip(("contextual", "eos"), map(float, halves.mean(0))))
+            states = zip(("contextual", "eos"), encoder.backend.model.split_states(vectors))
+            norms[task.name] = {name: float(np.linalg.norm(state, axis=-1).mean()) for name, state in states}
         log(f"{task.name}: {lengths[task.name]} {norms.get(task.name, '')}")
 
     write_json(output / "lengths.json", lengths)

@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from modeling_causal2vec import check_truncate_dim, truncate_embeddings
+from modeling_causal2vec import check_truncate_dim
 
 
 class InfoNCE(torch.nn.Module):
     """
     Args:
         temperature (`float`, defaults to 0.05): tau.
-        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, both halves cut
-            alike; the result is the mean over all sizes.
-        sizes (list of `int`, *optional*): The configuration's `embedding_sizes`. Defaults to two halves.
+        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, as `encode`'s
+            `truncate_dim` cuts them; the result is the mean over all sizes.
+        embedding_size (`int`, *optional*): The configuration's, so that sizes beyond it are refused at once.
 
     Raises:
         ValueError: the temperature is not positive, or embeddings cannot be cut to one of the sizes.
@@ -34,19 +34,15 @@ class InfoNCE(torch.nn.Module):
         self,
         temperature: float = 0.05,
         matryoshka_dims: Sequence[int] | None = None,
-        sizes: Sequence[int] | None = None,
+        embedding_size: int | None = None,
     ):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
         self.temperature = temperature
         self.matryoshka_dims = sorted(set(matryoshka_dims or ()), reverse=True)
-        self.sizes = sizes
         for dim in self.matryoshka_dims:
-            if sizes is not None:
-                check_truncate_dim(dim, sizes)
-            elif dim < 2 or dim % 2:
-                raise ValueError(f"`matryoshka_dims` must be even and positive, got {self.matryoshka_dims}.")
+            check_truncate_dim(dim, embedding_size or dim)
 
     def forward(
         self,
@@ -82,8 +78,8 @@ class InfoNCE(torch.nn.Module):
         return torch.stack(losses).mean()
 
     def _at_size(self, queries, documents, known, offset: int, size: int) -> torch.Tensor:
-        queries = F.normalize(truncate_embeddings(queries, size, self.sizes), dim=-1)  # (batch, size)
-        documents = F.normalize(truncate_embeddings(documents, size, self.sizes), dim=-1)  # (all documents, size)
+        queries = F.normalize(queries[:, :size], dim=-1)  # (batch, size)
+        documents = F.normalize(documents[:, :size], dim=-1)  # (all documents, size)
         scores = (queries @ documents.T / self.temperature).masked_fill(known, float("-inf"))
         return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device) + offset)
 
@@ -110,35 +106,45 @@ def known_positives(
 
 def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensor of every rank, of whatever length, with gradients (summed over the ranks that used it)."""
-    from torch.distributed.nn.functional import all_gather
-
     length = torch.tensor([len(tensor)], device=tensor.device)
-    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
-    longest = max(int(n) for n in lengths)
-    padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
-    padded = torch.cat([tensor, padding])  # (longest, ...)
-    if tensor.requires_grad:
-        parts = all_gather(padded)
-    else:
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-    return [part[: int(n)] for part, n in zip(parts, lengths)]
+    lengths = [int(n) for n in _AllGather.apply(length)]
+    padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
+    parts = _AllGather.apply(torch.cat([tensor, padding]))  # (longest, ...) each
+    return [part[:n] for part, n in zip(parts, lengths)]
+
+
+class _AllGather(torch.autograd.Function):
+    """Tensors of one shape from all ranks; torch's own is deprecated in 2.13, and what follows it is not in 2.11."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        total = torch.stack(gradients)  # (ranks, longest, ...)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 class RandomState:
-    """The state of torch's generators at one moment, to run the same dropout again."""
+    """The state of torch's generators, the CPU's and the accelerators', at one moment, to run the same dropout again."""
 
     def __init__(self):
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        self.device_type = None if accelerator is None else accelerator.type  # cuda, xpu, mps, ...
+        module = None if accelerator is None else torch.get_device_module(self.device_type)
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.devices = [] if module is None else [module.get_rng_state(i) for i in range(module.device_count())]
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=range(len(self.cuda))):
+        with torch.random.fork_rng(devices=range(len(self.devices)), device_type=self.device_type):
             torch.set_rng_state(self.cpu)
-            if self.cuda:
-                torch.cuda.set_rng_state_all(self.cuda)
+            for index, state in enumerate(self.devices):
+                torch.get_device_module(self.device_type).set_rng_state(state, index)
             yield
 
 

@@ -4,8 +4,9 @@
     decoder([instruction] [Contextual token] [text] [EOS]) -> last hidden states  (section 3.2)
     embedding = concat(state of the Contextual token, state of EOS)               (section 3.3)
 
-Every text token comes after the Contextual token and so sees the whole text. Invariant: both backbones are used as
-`AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
+Every text token comes after the Contextual token and so sees the whole text. The two states are stored interleaved (t0, e0,
+t1, e1, ...), which changes no cosine, dot product or distance: any prefix of an embedding is half of each state. Invariant:
+both backbones are used as `AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
 configuration; the methods that the paper compares with are in baselines.py, as subclasses.
 """
 
@@ -23,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, is_accelerate_available, is_gguf_available, logging
 
 
 if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
@@ -35,7 +36,7 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from .packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
+    from .prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
     from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from .tokenization_utils import (
         Causal2VecProcessor,
@@ -49,7 +50,7 @@ try:
 except ImportError:  # imported from a clone, where these files are top-level modules
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
     from packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, device_of, is_causal, is_offloaded, look_both_ways, plan_rows
+    from prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
     from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
     from tokenization_utils import (
         Causal2VecProcessor,
@@ -70,7 +71,7 @@ class Causal2VecModelOutput(ModelOutput):
     """
     Args:
         embeddings (`torch.FloatTensor` of shape `(batch, embedding_size)`):
-            By default the states of the Contextual token and of EOS, concatenated; not normalised.
+            By default the states of the Contextual token and of EOS, interleaved (see [`split_states`]); not normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq_len, hidden_size)`, *optional*):
             The decoder's, after its final norm; with `output_last_hidden_state=True`.
         past_key_values (`Cache`, *optional*):
@@ -293,7 +294,22 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             return (contextual_state + eos_state) / 2
         if self.config.pooling == "eos_encoder":
             contextual_state = contextual_token.to(eos_state)
-        return torch.cat([contextual_state, eos_state], dim=-1)
+        return interleave(contextual_state, eos_state)
+
+    def split_states(self, embeddings):
+        """
+        The two vectors that embeddings `(..., embedding_size)` join, tensors or arrays: the states of the Contextual token
+        and of EOS, as `config.pooling` and `config.baseline` say. Of embeddings cut by `truncate_dim`, their halves.
+
+        Raises:
+            ValueError: embeddings of this model are one vector.
+        """
+        sizes = self.config.embedding_sizes
+        if len(sizes) == 1:
+            raise ValueError("There is nothing to split: an embedding of this model is one state.")
+        if sizes[0] != sizes[1]:  # `embedding_concat`
+            return embeddings[..., : sizes[0]], embeddings[..., sizes[0] :]
+        return embeddings[..., 0::2], embeddings[..., 1::2]
 
     def forward(
         self,
@@ -324,8 +340,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 before; its projection is the `contextual_token`.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
-            right_padded (`bool`): A promise that all padding is on the right. A causal decoder then needs no mask, and
-                attention is free to use its fastest kernel.
+            right_padded (`bool`): A promise that all padding is on the right and that the decoder is causal. It then needs
+                no mask, and attention is free to use its fastest kernel.
             share_heads (`bool`): Read what rows have in common before their slots only once; see [`embed`].
             packing ([`Packing`], *optional*): Read the rows as one, without their padding; see [`packed_states`].
             kwargs: Passed on to the decoder.
@@ -362,15 +378,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
             attention_mask = input_ids.new_ones(input_ids.shape[0], past_len + seq_len)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
-        needs_mask = not (right_padded and is_causal(self.decoder))
-        if not needs_mask:
+        if right_padded:
             # Nothing looks at padding that comes after it. Positions run on, or padding would look like packed rows.
             position_ids = position_ids[:, :1] + torch.arange(seq_len, device=position_ids.device)  # (batch, seq_len)
-        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and not needs_mask else None
+        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and right_padded else None
         if hidden is None:
             outputs = self.decoder(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask if needs_mask else None,
+                attention_mask=None if right_padded else attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -481,8 +496,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
             normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
                 cosine.
-            truncate_dim (`int`, *optional*): Keep this many numbers, the first half of them from each of the two states
-                that an embedding joins.
+            truncate_dim (`int`, *optional*): Keep the first `truncate_dim` numbers, half of them from each of the two
+                states that an embedding joins.
             truncation (`str`, defaults to `"warn"`): Texts longer than a tower reads are cut. `"warn"` says how many were,
                 `"silent"` does not, `"error"` refuses them before anything is embedded. `model.truncated` counts them.
             convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
@@ -505,7 +520,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if truncation not in ("warn", "error", "silent"):
             raise ValueError(f"`truncation` must be 'warn', 'error' or 'silent', got {truncation!r}.")
         dim = self.config.embedding_size if truncate_dim is None else truncate_dim
-        check_truncate_dim(dim, self.config.embedding_sizes)
+        check_truncate_dim(dim, self.config.embedding_size)
         limit = position_limit(self.decoder)
         if isinstance(max_length, int) and limit is not None and max_length > limit:
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
@@ -524,7 +539,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length,
             batch_size,
             max_batch_tokens,
-            count_heads=not self.prefix_cache.enabled or is_offloaded(self.decoder),
+            count_heads=not self.prefix_cache.enabled or self.prefix_cache.scan(self.decoder).is_offloaded(),
         )
         embeddings, truncated = torch.empty(len(texts), dim), Counter()
         progress = logging.tqdm(
@@ -538,8 +553,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             for rows, batch, cut in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    vectors = self.embed(**batch, packed=packed).float()  # (rows, embedding_size)
-                    vectors = truncate_embeddings(vectors, dim, self.config.embedding_sizes)  # (rows, dim)
+                    vectors = self.embed(**batch, packed=packed)[:, :dim].float()  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
@@ -716,7 +730,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             contextual_token (`str`): The token whose place the Contextual token takes. It is added to the decoder's
                 tokenizer, and the embedding matrix grows, unless they have it.
             encoder_kwargs, decoder_kwargs (`dict`, *optional*): For the two calls of `from_pretrained`, such as
-                `{"revision": ..., "attn_implementation": ...}`.
+                `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file": NAME}` reads model and tokenizer from that
+                GGUF file of the folder or Hub id; the model is then a plain one, in float32 unless `dtype` says otherwise.
             config_kwargs: Fields of [`Causal2VecConfig`]. `prompt_head` and `prompt_tail` default to the entry of
                 `PROMPT_TEMPLATES` that fits the decoder's chat template.
 
@@ -730,12 +745,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if unknown:
             raise TypeError(f"{cls.config_class.__name__} has no {unknown}; see its documentation for the fields.")
         encoder_kwargs, decoder_kwargs = dict(encoder_kwargs or {}), dict(decoder_kwargs or {})
-        tokenizer = AutoTokenizer.from_pretrained(decoder, **_only_hub(decoder_kwargs))
         decoder_model = load_backbone(decoder, dtype=dtype or "auto", **decoder_kwargs)
+        tokenizer = load_backbone_tokenizer(decoder, decoder_model.config, **decoder_kwargs)
         encoder_tokenizer = encoder_model = None
         if encoder is not None:
-            encoder_tokenizer = AutoTokenizer.from_pretrained(encoder, **_only_hub(encoder_kwargs))
             encoder_model = load_backbone(encoder, dtype=decoder_model.dtype, **encoder_kwargs)
+            encoder_tokenizer = load_backbone_tokenizer(encoder, encoder_model.config, **encoder_kwargs)
 
         if contextual_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([contextual_token], special_tokens=True)
@@ -819,18 +834,20 @@ def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) ->
         )
 
 
-def _only_hub(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
-
-
-def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
+def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrainedModel:
     """
-    `AutoModel.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts.
+    `auto_class.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts; a
+    `gguf_file` is dequantised, so that the model can be trained and saved.
 
     Raises:
+        ImportError: what transformers needs to read a GGUF file is not installed.
         ValueError: tensors are missing; transformers would initialise them anew.
     """
-    model, info = AutoModel.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    if kwargs.get("gguf_file") is not None:
+        check_gguf_available()
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)  # else weights may stay packed, and nothing saves
+    model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    vars(model.config).pop("_model_name_or_path", None)  # a GGUF file's title
     adapted = [(n, module) for n, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in adapted:
         module.merge()
@@ -843,6 +860,24 @@ def load_backbone(folder_or_id: str, **kwargs) -> PreTrainedModel:
             f"{folder_or_id} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[:5]}."
         )
     return model
+
+
+def load_backbone_tokenizer(folder_or_id: str, config, **kwargs):
+    """`AutoTokenizer.from_pretrained` with those of a backbone's `kwargs` that it knows. `config` is the backbone's."""
+    gguf = {name: value for name, value in kwargs.items() if name == "gguf_file" and value is not None}
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **hub_kwargs, **gguf)
+    for name in ("bos_token", "eos_token", "pad_token") if gguf else ():
+        # transformers 5.17 reads them wrongly: EOS would be BOS
+        if isinstance(token_id := getattr(config, f"{name}_id", None), int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
+
+
+def check_gguf_available() -> None:
+    """Raises ImportError unless transformers can read GGUF files here."""
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise ImportError("Reading a GGUF file takes two more packages: pip install gguf accelerate")
 
 
 def find_prompt_template(chat_template: str | None) -> tuple[str, str]:
@@ -904,22 +939,15 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
 
 
-def check_truncate_dim(dim: int, sizes: Sequence[int]) -> None:
-    """Raises ValueError unless embeddings that join vectors of these sizes can be cut to `dim` numbers."""
-    parts, full = len(sizes), sum(sizes)
-    if not isinstance(dim, int) or not 0 < dim <= full or (dim % parts and dim != full):
-        kind = "an integer between 1" if parts == 1 else "an even integer between 2"
-        raise ValueError(f"`truncate_dim` must be {kind} and {full}, got {dim!r}.")
+def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two tensors `(..., size)` as one, number by number: `(..., 2 * size)`."""
+    return torch.stack([first, second], dim=-1).flatten(-2)
 
 
-def truncate_embeddings(embeddings: torch.Tensor, dim: int, sizes: Sequence[int] | None = None) -> torch.Tensor:
-    """
-    Keeps the first `dim` numbers of `(..., embedding_size)`, from each of the vectors of `sizes` that an embedding joins
-    (default: two of one size) as many as its share.
-    """
-    sizes = sizes or [embeddings.shape[-1] // 2] * 2
-    first = dim * sizes[0] // sum(sizes)  # all of `dim` where there is one vector
-    return torch.cat([embeddings[..., :first], embeddings[..., sizes[0] : sizes[0] + dim - first]], dim=-1)
+def check_truncate_dim(dim: int, embedding_size: int) -> None:
+    """Raises ValueError unless an embedding of `embedding_size` numbers can be cut to `dim`."""
+    if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim <= embedding_size:
+        raise ValueError(f"`truncate_dim` must be an integer between 1 and {embedding_size}, got {dim!r}.")
 
 
 Causal2VecConfig.register_for_auto_class()

@@ -18,7 +18,6 @@ that is missing is named before anything runs.
 
 import copy
 import difflib
-import hashlib
 import json
 import os
 import random
@@ -36,6 +35,7 @@ from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
+from dev import folder_revision, own_cache
 from eval_report import load_paper
 
 
@@ -174,18 +174,11 @@ def _other_task(name: str, known: Sequence[str]) -> AbsTask:
 
 
 class _LocalData:
-    """
-    Gives each content of a local folder a cache of its own: that of `datasets` goes by the folder's name, and would give
-    out what another folder of this name held, or the same one before it was changed.
-    """
+    """Data of a local folder, by whose content the cache goes."""
 
     def load_data(self, *args, **kwargs) -> None:
-        common = datasets.config.HF_DATASETS_CACHE
-        datasets.config.HF_DATASETS_CACHE = Path(common) / self.metadata.dataset["revision"]
-        try:
+        with own_cache(self.metadata.dataset["revision"]):
             super().load_data(*args, **kwargs)
-        finally:
-            datasets.config.HF_DATASETS_CACHE = common
 
 
 def redirect(task: AbsTask, data_dir: Path) -> AbsTask:
@@ -257,18 +250,6 @@ def _holds_sets(folder: Path, split: str) -> bool:
     """Whether a row of a clustering folder is a whole set of texts (as in MTEB v1) or a single text."""
     row = next(iter(datasets.load_dataset(str(folder), split=split, streaming=True)))
     return isinstance(row["sentences"], list)
-
-
-def folder_revision(folder: Path) -> str:
-    """Stands for the content of a local dataset, as a commit does for one on the Hub."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        relative = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"local-{digest.hexdigest()[:16]}"
 
 
 def prefetch(tasks: Sequence[EvalTask], data_dir: str | Path, download: Callable | None = None) -> list[Path]:

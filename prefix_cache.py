@@ -7,7 +7,7 @@ kept outlives a change of the decoder's weights, adapters, dtype, device or atte
 """
 
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -83,10 +83,18 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets all heads. Needed by hand only after writing through `.data` into a few single weights."""
         with self._lock:
+            self._scan: DecoderScan | None = None
             self._heads: OrderedDict[tuple[int, ...], SharedHead] = OrderedDict()
             self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
             self._fingerprint = None
             self.hits = self.misses = 0
+
+    def scan(self, decoder: PreTrainedModel) -> "DecoderScan":
+        """The [`DecoderScan`] of a decoder, made anew only when its modules are others than before."""
+        scan = self._scan
+        if scan is None or not scan.is_current(decoder):
+            scan = self._scan = DecoderScan(decoder)
+        return scan
 
     def get(self, head_ids: tuple[int, ...], fingerprint: tuple) -> SharedHead | None:
         """The head's keys and values, if they were computed by the decoder that has this fingerprint."""
@@ -208,25 +216,81 @@ def compute_head(decoder: PreTrainedModel, head_ids: Sequence[int]) -> SharedHea
     return SharedHead(len(head_ids), tuple(layers)) if layers else None
 
 
-def why_not_shareable(decoder: PreTrainedModel) -> str | None:
-    """Why the keys and values of a head may depend on what follows it, or cannot be handed over; `None` if all is well."""
-    config = decoder.config.get_text_config()
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-        return "it takes no past_key_values"
-    if not is_causal(decoder):
-        return "its attention is not causal"
-    for parameters in _rope_parameters(config):
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            return f"its {parameters['rope_type']} rotary positions depend on the length of the whole row"
-    return None
+class DecoderScan:
+    """
+    What every forward pass asks of a decoder's modules. They are listed once, since a walk over the modules of 30 layers
+    takes milliseconds; `is_current` tells in microseconds whether one was added, replaced or removed since.
+    """
 
+    def __init__(self, decoder: PreTrainedModel):
+        modules = list(decoder.modules())
+        self.decoder = decoder
+        self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
+        self.attentions = [module for module in modules if hasattr(module, "is_causal")]
+        self.checkpointed = [module for module in modules if hasattr(module, "gradient_checkpointing")]
+        self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
+        self.adapted = [module for module in modules if hasattr(module, "merged_adapters")]
 
-def is_causal(decoder: PreTrainedModel) -> bool:
-    """Whether every attention of a decoder looks back only, so that padding on the right can change nothing."""
-    config = decoder.config.get_text_config()
-    flags = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
-    bidirectional = getattr(config, "use_bidirectional_attention", None)
-    return bool(flags) and all(flags) and getattr(config, "is_causal", True) is not False and not bidirectional
+    def is_current(self, decoder: PreTrainedModel) -> bool:
+        """Whether this is a list of the modules that the decoder has now."""
+        return decoder is self.decoder and all(tuple(now.values()) == then for now, then in self.children)
+
+    def is_causal(self) -> bool:
+        """Whether every attention looks back only, so that padding on the right can change nothing."""
+        config = self.decoder.config.get_text_config()
+        if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+            return False
+        return bool(self.attentions) and all(module.is_causal for module in self.attentions)
+
+    def why_not_shareable(self) -> str | None:
+        """Why a head's keys and values may depend on what follows it, or cannot be handed over; `None` if all is well."""
+        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+            return "it takes no past_key_values"
+        if not self.is_causal():
+            return "its attention is not causal"
+        for parameters in _rope_parameters(self.decoder.config.get_text_config()):
+            if parameters.get("rope_type") in ("dynamic", "longrope"):
+                return f"its {parameters['rope_type']} rotary positions depend on the length of the whole row"
+        return None
+
+    def is_offloaded(self) -> bool:
+        """Whether weights come from elsewhere for each forward pass, so that nothing here shows when they change."""
+        return any(tensor.is_meta for group in self.tensors for tensor in group.values() if tensor is not None)
+
+    def trains_with_state(self) -> bool:
+        """Whether training sees a head differently each time (dropout), or cannot take keys over (checkpointing)."""
+        if not self.decoder.training:
+            return False
+        return bool(
+            any(module.p > 0 and module.training for module in self.dropouts)
+            or getattr(self.decoder.config.get_text_config(), "attention_dropout", 0.0)
+            or any(module.gradient_checkpointing for module in self.checkpointed)
+        )
+
+    def fingerprint(self) -> tuple:
+        """
+        What a head's keys and values depend on besides its ids: where the weights are, how often they were written, some
+        of their numbers (writing through `.data` leaves no other trace), the adapters' state, attention and autocast.
+        """
+        tensors = [tensor for group in self.tensors for tensor in group.values() if tensor is not None]
+        device, attention = tensors[0].device.type, self.decoder.config._attn_implementation
+        adapters = [
+            (
+                tuple(module.active_adapters),
+                tuple(module.merged_adapters),
+                module.disable_adapters,
+                tuple(module.scaling.items()) if isinstance(getattr(module, "scaling", None), dict) else None,
+            )
+            for module in self.adapted
+        ]
+        return (
+            tuple(map(_identity, tensors)),
+            _sample(tensors),
+            tuple(adapters),
+            attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a head; threads switch between them
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )
 
 
 def look_both_ways(decoder: PreTrainedModel) -> None:
@@ -250,32 +314,6 @@ def _rope_parameters(config) -> list[dict]:
     return [parameters, *nested]
 
 
-def fingerprint(decoder: PreTrainedModel) -> tuple:
-    """
-    What a head's keys and values depend on besides its ids: where the weights are, how often they were written, some of
-    their numbers (writing through `.data` leaves no other trace), the adapters' state, attention and autocast.
-    """
-    tensors = [*decoder.parameters(), *decoder.buffers()]
-    device, attention = tensors[0].device.type, decoder.config._attn_implementation
-    adapters = [
-        (
-            tuple(module.active_adapters),
-            tuple(module.merged_adapters),
-            module.disable_adapters,
-            tuple(module.scaling.items()) if isinstance(getattr(module, "scaling", None), dict) else None,
-        )
-        for module in decoder.modules()
-        if hasattr(module, "merged_adapters")
-    ]
-    return (
-        tuple(_identity(tensor) for tensor in tensors),
-        _sample(tensors),
-        tuple(adapters),
-        attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a head; threads switch between them
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-    )
-
-
 def _identity(tensor: torch.Tensor) -> tuple:
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return id(tensor), tensor.dtype, tensor.device  # quantised or sharded: there may be no pointer to ask for
@@ -284,13 +322,14 @@ def _identity(tensor: torch.Tensor) -> tuple:
 
 
 def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_read: int = 4) -> tuple:
-    """A few numbers of some tensors, evenly spaced."""
+    """A few numbers of some tensors, evenly spaced; read from each device at once."""
     plain = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.numel() and not t.is_meta]
-    parts: dict[torch.device, list[torch.Tensor]] = {}
+    parts: dict[tuple, list[torch.Tensor]] = {}
     for tensor in plain[:: max(1, len(plain) // tensors_read)]:
         flat = tensor.detach().flatten()
-        parts.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // numbers_read)][:numbers_read].float())
-    return tuple(number for part in parts.values() for number in torch.cat(part).tolist())
+        few = flat[:: max(1, len(flat) // numbers_read)][:numbers_read]
+        parts.setdefault((few.device, few.dtype), []).append(few)
+    return tuple(number for part in parts.values() for number in torch.cat(part).float().tolist())
 
 
 def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,7 +359,9 @@ def plan_rows(
     """
     input_ids, attention_mask = pad_right(input_ids, attention_mask)
     slots = model.find_slots(input_ids).int().argmax(-1)  # (batch,)
-    heads = find_heads(model, split_heads(input_ids, slots))
+    scan = model.prefix_cache.scan(model.decoder)
+    is_causal = scan.is_causal()
+    heads = find_heads(model, scan, split_heads(input_ids, slots))
     plan = []
     for shared in (True, False):
         rows = [row for row, head in enumerate(heads) if (head is not None) == shared]
@@ -328,12 +369,12 @@ def plan_rows(
             continue
         rows_heads = [heads[row] for row in rows]
         rows = torch.tensor(rows, device=input_ids.device)
-        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "right_padded": True}
+        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "right_padded": is_causal}
         if shared:
             ids, mask = behind_heads(inputs["input_ids"], inputs["attention_mask"], slots[rows])
             mask = torch.cat([heads_mask(rows_heads, mask.device), mask], dim=-1)  # (rows, head_len + seq_len)
             same = all(head is rows_heads[0] for head in rows_heads)
-            inputs = {"input_ids": ids, "attention_mask": mask, "right_padded": same}
+            inputs = {"input_ids": ids, "attention_mask": mask, "right_padded": same and is_causal}
             inputs["past_key_values"] = expand_heads(rows_heads)
         if packed and inputs["right_padded"]:
             seq_len = inputs["input_ids"].shape[1]
@@ -343,22 +384,22 @@ def plan_rows(
     return plan
 
 
-def find_heads(model, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead | None]:
+def find_heads(model, scan: DecoderScan, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead | None]:
     """Each row's head, from the model's cache or newly computed where that pays; `None` for rows to be read in one piece."""
     cache, decoder = model.prefix_cache, model.decoder
-    counts = {head_ids: heads_ids.count(head_ids) for head_ids in set(heads_ids) if len(head_ids) >= cache.min_tokens}
-    if not cache.enabled or not counts or is_offloaded(decoder):
+    counts = {ids: rows for ids, rows in Counter(heads_ids).items() if len(ids) >= cache.min_tokens}
+    if not cache.enabled or not counts or scan.is_offloaded():
         return [None] * len(heads_ids)
     keep = not (decoder.training or torch.is_grad_enabled())
-    if not keep and trains_with_state(decoder):
+    if not keep and scan.trains_with_state():
         return [None] * len(heads_ids)
-    state = fingerprint(decoder) if keep else None
+    state = scan.fingerprint() if keep else None
     found: dict[tuple[int, ...], SharedHead | None] = {}
     for head_ids, rows in counts.items():
         found[head_ids] = cache.get(head_ids, state) if keep else None
         if found[head_ids] is not None or not (cache.pays(head_ids, rows) if keep else rows > 1):
             continue
-        reason = why_not_shareable(decoder)
+        reason = scan.why_not_shareable()
         head = compute_head(decoder, head_ids) if reason is None else None
         if head is None:
             logger.debug(
@@ -382,21 +423,6 @@ def device_of(module: nn.Module) -> torch.device:
             if getattr(single, "execution_device", None) is not None:
                 return torch.device(single.execution_device)
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
-
-
-def is_offloaded(decoder: PreTrainedModel) -> bool:
-    """Whether weights come from elsewhere for each forward pass, so that nothing here shows when they change."""
-    return any(parameter.is_meta for parameter in decoder.parameters())
-
-
-def trains_with_state(decoder: PreTrainedModel) -> bool:
-    """Whether training sees a head differently each time (dropout), or cannot take keys over (gradient checkpointing)."""
-    if not decoder.training:
-        return False
-    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in decoder.modules())
-    attention_dropout = getattr(decoder.config.get_text_config(), "attention_dropout", 0.0)
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-    return bool(dropout or attention_dropout or checkpointing)
 
 
 def behind_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, slots: torch.Tensor):

@@ -3,7 +3,8 @@
     SentenceTransformer("path or id", trust_remote_code=True).encode(texts, prompt="an instruction")
 
 Prompts are instructions: they take the place that the processor gives them, before the Contextual token, and the encoder
-never reads them. Invariants: vectors equal `Causal2VecModel.encode`'s, whether plain, with a prompt or truncated; no
+never reads them. Invariants: vectors equal `Causal2VecModel.encode`'s, plain or with a prompt (a cut one has length 1 with
+`normalize_embeddings=True`, as everywhere in sentence-transformers); no
 feature but `input_ids` has a name that ends in `_input_ids` (sentence-transformers' trainer would take it for another
 sentence). This is the only shipped file that imports sentence_transformers, and nothing imports this file.
 """
@@ -22,45 +23,14 @@ except ImportError as error:
     raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
 
 try:
-    from .modeling_causal2vec import Causal2VecModel, check_truncate_dim, position_limit, truncate_embeddings
+    from .modeling_causal2vec import Causal2VecModel, position_limit
     from .tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
 except ImportError:  # imported from a clone, where these files are top-level modules
-    from modeling_causal2vec import Causal2VecModel, check_truncate_dim, position_limit, truncate_embeddings
+    from modeling_causal2vec import Causal2VecModel, position_limit
     from tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
 
 
 logger = logging.get_logger(__name__)
-
-
-class TwoStates(torch.Tensor):
-    """
-    Embeddings `(..., embedding_size)` whose prefix `[..., :dim]` is what `encode` calls `truncate_dim`: the first half
-    of `dim` from each of the two states (which have these `sizes`; of one state, its first `dim`), scaled to length 1 if
-    `normalize` is set. sentence-transformers cuts that way in `encode` and in MatryoshkaLoss. Whatever else is done with
-    it gives a plain tensor.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    normalize: bool
-    sizes: tuple[int, ...]
-
-    def __getitem__(self, key):
-        plain = self.as_subclass(torch.Tensor)
-        is_prefix = (
-            isinstance(key, tuple)
-            and len(key) == 2
-            and key[0] is Ellipsis
-            and isinstance(key[1], slice)
-            and key[1].start is None
-            and key[1].step is None
-            and isinstance(key[1].stop, int)
-        )
-        if not is_prefix or key[1].stop >= plain.shape[-1]:
-            return plain[key]
-        dim = key[1].stop
-        check_truncate_dim(dim, self.sizes)
-        truncated = truncate_embeddings(plain, dim, self.sizes)
-        return nn.functional.normalize(truncated, dim=-1) if self.normalize else truncated
 
 
 class Causal2VecSTModule(InputModule):
@@ -101,9 +71,7 @@ class Causal2VecSTModule(InputModule):
         embeddings = self.model(**tensors, share_heads=not self.training).embeddings.float()
         if self.normalize:
             embeddings = nn.functional.normalize(embeddings, dim=-1)
-        features["sentence_embedding"] = embeddings.as_subclass(TwoStates)
-        features["sentence_embedding"].normalize = self.normalize
-        features["sentence_embedding"].sizes = self.model.config.embedding_sizes
+        features["sentence_embedding"] = embeddings
         return features
 
     @property

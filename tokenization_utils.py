@@ -4,12 +4,13 @@ The encoder reads the text alone. The decoder reads
 
     [BOS if its tokenizer adds one] [prompt_head + examples + instruction] [slot] [text] [prompt_tail] [EOS]
 
-where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
-*ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
-the slot stands exactly once, nothing in a text or an instruction is read as a control token, all rows of a task are the
-same up to the slot, and a long text, of which only the beginning is tokenized, has the ids of the whole. Of the paper's
-ablations, several Contextual tokens have as many slots next to each other, and before the instruction means
-`[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
+with no second BOS or EOS where the template has its own, and where the slot is one reserved id whose embedding the model
+replaces by the Contextual token. Rows are joined from token *ids*, segment by segment, and only the text's ids are ever
+cut. Invariants: EOS is the last real token at every length, the slot stands exactly once, nothing in a text or an
+instruction is read as a control token, all rows of a task are the same up to the slot, and a long text, of which only
+the beginning is tokenized, has the ids of the whole. Of the paper's ablations, several Contextual tokens have as many
+slots next to each other, and before the instruction means `[prompt_head] [slot] [examples + instruction] [text]`
+(appendix C.5).
 """
 
 import re
@@ -78,7 +79,12 @@ class Causal2VecProcessor(ProcessorMixin):
         # What the tokenizer itself puts before a text: BOS for Llama, Mistral and Gemma, nothing for Qwen.
         bos_ids = tokenizer("a")["input_ids"][:1]
         self._bos_ids = bos_ids if tokenizer.bos_token_id in bos_ids else []
+        # One BOS and one EOS: ChatML's <|im_start|> and <|im_end|> are just these for some tokenizers.
+        if self._bos_ids == self._encode_trusted(prompt_head)[:1]:
+            self._bos_ids = []
         self._tail_ids = self._encode_trusted(prompt_tail)
+        if self._tail_ids[-1:] == [tokenizer.eos_token_id]:
+            self._tail_ids.pop()
         self._encoder_frame = ([], []) if encoder_tokenizer is None else ids_around(encoder_tokenizer)
         slot_as_text = self._encode_plain(tokenizer, [tokenizer.decode([contextual_token_id])])[0]
         taken_ids = {

@@ -4,8 +4,8 @@
     python train.py recipes/smollm2-135m.json --output_dir runs/mine --resume
 
 A recipe is a JSON file of the arguments below; flags behind it win over it. Everything around the loss is transformers'
-Trainer: logging, checkpoints, resuming, accelerate, FSDP, DeepSpeed. Left in `output_dir`: `model/` (a complete folder
-that loads with AutoModel), with LoRA also `adapter/` (for PeftModel), `training.json` and `training.png`.
+Trainer: logging, checkpoints, resuming, accelerate, FSDP. Left in `output_dir`: `model/` (a complete folder that loads
+with AutoModel), with LoRA also `adapter/` (for PeftModel), `training.json` and `training.png`.
 """
 
 import json
@@ -14,10 +14,14 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 from transformers import (
@@ -28,7 +32,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
 import baselines
 from card import without_machine_paths, write_card
@@ -40,17 +44,19 @@ from data import (
     TrainingData,
     load_rows,
     read_data_file,
+    read_json,
     stream_rows,
 )
 from eval_report import write_json
 from losses import InfoNCE, gradcache_backward, split_by_length
-from modeling_causal2vec import Causal2VecModel
-from saving_utils import SHIPPED_CODE
+from modeling_causal2vec import Causal2VecModel, has_fast_bfloat16
+from saving_utils import SHIPPED_CODE, is_hub_id, write_sentence_transformers_files
 
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent
+TRAINED = ("lora", "full", "frozen")  # the ways to train a tower
 COMPLETE = "complete"  # written into a checkpoint's folder when all of it is on disk
 
 
@@ -61,17 +67,29 @@ class ModelArguments:
     model: str | None = field(default=None, metadata={"help": "Causal2Vec folder or Hub id to go on from."})
     encoder: str | None = field(default=None, metadata={"help": "Without --model: encoder to join, folder or Hub id."})
     decoder: str | None = field(default=None, metadata={"help": "Without --model: decoder to join, folder or Hub id."})
-    dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained is kept in float32."})
+    decoder_gguf_file: str | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in --decoder to read it from. Needs the package gguf."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of frozen weights; what is trained is kept in float32.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
-    train_decoder: str = field(
-        default="lora", metadata={"help": "lora, full or frozen.", "choices": ["lora", "full", "frozen"]}
-    )
-    train_encoder: str = field(
-        default="frozen", metadata={"help": "lora, full or frozen.", "choices": ["lora", "full", "frozen"]}
-    )
+    train_decoder: str = field(default="lora", metadata={"help": "lora, full or frozen.", "choices": TRAINED})
+    train_encoder: str = field(default="frozen", metadata={"help": "lora, full or frozen.", "choices": TRAINED})
     lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    base_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id under which the model that LoRA adapts will be published, for adapter/ to name. Default: where "
+            "it is, seen from adapter/."
+        },
+    )
     prompt_head: str | None = field(
         default=None, metadata={"help": "Template before the instruction. Default: the decoder's."}
     )
@@ -192,6 +210,9 @@ class Causal2VecTrainingArguments(TrainingArguments):
     )
 
 
+ARGUMENTS = (ModelArguments, DataArguments, Causal2VecTrainingArguments)
+
+
 class NonFiniteLoss(FloatingPointError):
     """The loss of a batch is NaN or infinite; the message names the batch."""
 
@@ -211,17 +232,25 @@ class Causal2VecTrainer(Trainer):
     def __init__(self, *args, loss: InfoNCE, sampler, dev_sets=(), mini_batch_size: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.sampler, self.dev_sets, self.mini_batch_size = loss, sampler, dev_sets, mini_batch_size
+        self.decoder_tokens = 0  # read by this process
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
+        if self.is_fsdp_enabled:
+            if not self.accelerator.is_fsdp2:
+                raise ValueError("FSDP must be of version 2 (fsdp_version), as in recipes/accelerate/fsdp.yaml.")
+            self.model.prefix_cache.max_bytes = 0  # it would not notice that weights change which are sharded
 
     def get_train_dataloader(self):
-        streamed = self.sampler is None
+        streamed, args = self.sampler is None, self.args
+        # All that TrainingArguments has for a loader but `drop_last`: there are no incomplete batches.
+        names = "num_workers pin_memory persistent_workers prefetch_factor multiprocessing_context in_order".split()
+        options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
         loader = torch.utils.data.DataLoader(
             self.train_dataset,
             batch_sampler=self.sampler,
             **({"batch_size": None} if streamed else {}),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            **options,
         )
         # A stream already gives each rank its own batches.
         return loader if streamed else self.accelerator.prepare(loader)
@@ -248,6 +277,7 @@ class Causal2VecTrainer(Trainer):
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.decoder_tokens += inputs["decoder_tokens"]
         if self.mini_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -271,6 +301,8 @@ class Causal2VecTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes `encode` on
+        if self.is_fsdp_enabled and "encode" not in vars(model):  # which then gathers what `forward` gathers
+            torch.distributed.fsdp.register_fsdp_forward_method(model, "encode")
         batch_size = self.args.per_device_eval_batch_size
         # What is trained is float32; beside frozen weights of another dtype it is so only under autocast, as in training.
         mixed = len({weight.dtype for weight in model.parameters()}) > 1
@@ -286,7 +318,7 @@ class Causal2VecTrainer(Trainer):
     def _read_encoder(self, inputs: dict) -> None:
         """Puts a frozen encoder's vectors in the place of its ids: it is read once, in rows of like length."""
         model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes what is asked of it on
-        if not reads_encoder_once(model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not reads_encoder_once(model) or self.is_fsdp_enabled:
             return
         for side in ("queries", "documents"):
             names = ("encoder_ids", "encoder_attention_mask")
@@ -329,13 +361,18 @@ def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
     The checkpoint that `--resume` goes on from, if there is one.
 
     Raises:
-        ValueError: without `--resume`, the output folder holds checkpoints.
+        ValueError: without `--resume`, the output folder holds what another run left.
     """
     if args.resume:
         return last_complete_checkpoint(args.output_dir)
-    if any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+    left = [
+        path.name
+        for name in ("model", "adapter", f"{PREFIX_CHECKPOINT_DIR}-*")
+        for path in Path(args.output_dir).glob(name)
+    ]
+    if left:
         raise ValueError(
-            f"{Path(args.output_dir)} holds checkpoints of another run. Add --resume, or choose another --output_dir."
+            f"{args.output_dir} holds {', '.join(left)} of another run. Add --resume, or choose another --output_dir."
         )
     return None
 
@@ -369,7 +406,9 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     names = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
     names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    changed = [name for name in (*names, "baseline") if getattr(args, name) not in (None, False, "")]
+    changed = [
+        name for name in (*names, "baseline", "decoder_gguf_file") if getattr(args, name) not in (None, False, "")
+    ]
     if args.model is not None and changed:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
@@ -377,8 +416,14 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
         model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype, **attention)
     else:
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        gguf = {} if args.decoder_gguf_file is None else {"gguf_file": args.decoder_gguf_file}
         model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
-            encoder, args.decoder, dtype=args.dtype, encoder_kwargs=attention, decoder_kwargs=attention, **settings
+            encoder,
+            args.decoder,
+            dtype=args.dtype,
+            encoder_kwargs=attention,
+            decoder_kwargs=attention | gguf,
+            **settings,
         )
     return model
 
@@ -391,11 +436,15 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
         The model, or a PeftModel around it.
 
     Raises:
-        ValueError: one tower is to be trained with LoRA and the other in full, or an encoder that is not there.
+        ValueError: one tower is to be trained with LoRA and the other in full, an encoder that is not there, or in a way
+            that there is none of.
     """
     towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
     if model.encoder is None and towers.pop("encoder") != "frozen":
         raise ValueError(f"--train_encoder must be frozen: the baseline {model.baseline!r} has no encoder.")
+    for tower, how in towers.items():
+        if how not in TRAINED:
+            raise ValueError(f"--train_{tower} must be one of {TRAINED}, got {how!r}.")
     if set(towers.values()) >= {"lora", "full"}:
         raise ValueError("LoRA on one tower and full training of the other cannot be combined; choose one for both.")
     if "lora" in towers.values():
@@ -429,9 +478,11 @@ def lora_targets(model: Causal2VecModel, tower: str) -> str:
     return rf"{tower}\.(.*\.)?({'|'.join(sorted(names))})"
 
 
-def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tuple[TrainingData, list]:
+def load_data(
+    args: DataArguments, training: Causal2VecTrainingArguments, cache_dir: str | Path
+) -> tuple[TrainingData, list]:
     """
-    The training data and the dev sets.
+    The training data, of which an Arrow copy is kept in `cache_dir`, and the dev sets.
 
     Raises:
         ValueError: see `read_data_file` and `load_rows`; or rows are to be held out of a stream.
@@ -445,13 +496,12 @@ def load_data(args: DataArguments, training: Causal2VecTrainingArguments) -> tup
     if args.streaming and args.dev_rows:
         raise ValueError("--dev_rows cannot be held out of a stream. Use --dev_pack, or leave --streaming out.")
     specs = read_data_file(args.data_file, args.datasets)
-    cache_dir = os.path.join(training.output_dir, "data")
     rows, dev_sets = [], []
     for spec in specs:
         if args.streaming:
             rows.append(stream_rows(spec, args.data_dir, args.skip_bad_rows))
             continue
-        all_rows = load_rows(spec, args.data_dir, cache_dir, args.skip_bad_rows)
+        all_rows = load_rows(spec, args.data_dir, str(cache_dir), args.skip_bad_rows)
         if args.dev_rows:
             all_rows, dev = held_out(all_rows, spec, args.dev_rows, training.seed)
             dev_sets.append(dev)
@@ -466,12 +516,19 @@ def keep_base(model: Causal2VecModel, folder: Path, args: Causal2VecTrainingArgu
     with args.main_process_first(local=False, desc="saving the base model"):
         if args.process_index == 0 and not (resuming and (folder / "config.json").exists()):
             model.save_pretrained(folder)
-    model.name_or_path = model.config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder.resolve())  # which checkpoints name
+
+
+def name_of_base(args: ModelArguments, adapter: Path) -> str | None:
+    """How an adapter names the model that it was made for: by its Hub id, or by the way there from the adapter's folder."""
+    base = adapter.with_name("base") if args.model is None else Path(args.model)
+    if args.base_id is not None or not base.exists():
+        return args.base_id or args.model
+    return Path(os.path.relpath(base.resolve(), adapter.resolve())).as_posix()
 
 
 def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch: dict, training) -> dict:
     """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
-    tokens = sum(int(batch[side]["attention_mask"].sum()) for side in ("queries", "documents"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: part for name in ("encoder", "projector", "decoder") if (part := getattr(model, name)) is not None}
     counted = isinstance(batches, SingleDatasetBatchSampler)
@@ -494,7 +551,7 @@ def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch:
             name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()
         },
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "estimated_decoder_tokens": tokens * batches.num_global_batches * batches.micro_batches,
+        "estimated_decoder_tokens": batch["decoder_tokens"] * batches.num_global_batches * batches.micro_batches,
         # weights, and for what is trained also a gradient and AdamW's two moments
         "estimated_gigabytes_without_activations": round(
             (sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trainable) / 1e9, 3
@@ -535,40 +592,107 @@ def plot(log: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def parse(argv: list[str]) -> tuple:
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTrainingArguments]:
     """
-    Arguments from flags, or from a recipe and the flags behind it: [`ModelArguments`], [`DataArguments`] and
-    [`Causal2VecTrainingArguments`].
+    Arguments from flags, or from a recipe and the flags behind it.
 
     Raises:
-        ValueError: the recipe has an unknown key.
+        ValueError: see `read_recipe`.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, Causal2VecTrainingArguments))
+    parser = HfArgumentParser(ARGUMENTS)
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16 on a CPU has to be asked for
     if argv and argv[0].endswith(".json"):
-        recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(recipe) - known)
-        if unknown:
-            raise ValueError(f"{argv[0]}: unknown arguments {unknown}; see python train.py --help.")
-        parser.set_defaults(**recipe)
+        parser.set_defaults(**read_recipe(argv[0]))
         argv = argv[1:]
     return parser.parse_args_into_dataclasses(argv)
 
 
-def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Runs a training, with further callbacks if wanted; returns the folder of the trained model."""
-    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    set_seed(args.seed)
-    output = Path(args.output_dir)
-    checkpoint = None if args.dry_run else find_checkpoint(args)
+def read_recipe(path: str) -> dict:
+    """
+    The arguments in a recipe, checked and converted as the flags of their names are.
+
+    Raises:
+        ValueError: the recipe is no JSON object, has an unknown key, or a value that its argument cannot have.
+    """
+    recipe = read_json(path)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold an object of arguments, got {type(recipe).__name__}.")
+    hints = {name: hint for arguments in ARGUMENTS for name, hint in get_type_hints(arguments).items()}
+    if unknown := sorted(set(recipe) - set(hints)):
+        raise ValueError(f"{path}: unknown arguments {unknown}; see python train.py --help.")
+    parser = HfArgumentParser(ARGUMENTS, exit_on_error=False)
+
+    def as_flag(name: str, value):
+        try:
+            return getattr(parser.parse_args([f"--{name}={value}"]), name)
+        except ArgumentError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    values = {}
+    for name, value in recipe.items():
+        kinds = {get_origin(kind) or kind for kind in (hints[name], *get_args(hints[name]))}
+        if isinstance(value, list) and list in kinds and str not in kinds:
+            values[name] = [item for part in value for item in as_flag(name, part)]
+        elif value is not None and not isinstance(value, list | dict):
+            values[name] = as_flag(name, value)
+        elif type(value) in kinds:  # what no flag can say
+            values[name] = value
+        else:
+            raise ValueError(f"{path}: `{name}` cannot be {value!r}; see python train.py --help.")
+    return values
+
+
+def check_arguments(model_args: ModelArguments, args: Causal2VecTrainingArguments) -> None:
+    """
+    Looks at what needs no file.
+
+    Raises:
+        ValueError: arguments that do not go together, or a way to run that cannot be saved.
+    """
     if model_args.dtype != "float32" and not (args.bf16 or args.fp16):
         raise ValueError(
             f"--dtype {model_args.dtype} needs --bf16 true (or --fp16 true): what is trained stays in float32, and only "
             "autocast lets it read the other weights."
         )
-    data, dev_sets = load_data(data_args, args)
+    if model_args.base_id is not None and not is_hub_id(model_args.base_id):
+        raise ValueError(f"--base_id must be a Hub id such as user/name, got {model_args.base_id!r}.")
+    if args.deepspeed_plugin is not None:
+        raise ValueError("DeepSpeed is not supported. To shard a model, use FSDP: recipes/accelerate/fsdp.yaml.")
+    if args.device.type == "cpu" and "flash" in (model_args.attn_implementation or ""):
+        raise ValueError(f"{model_args.attn_implementation} needs a GPU. Without one, add --attn_implementation sdpa.")
+    if args.device.type == "cpu" and (args.bf16 or model_args.dtype == "bfloat16") and not has_fast_bfloat16():
+        logger.warning(
+            "This CPU has no instructions for bfloat16: float32, without --bf16 and --dtype, is about 100 times as fast."
+        )
+
+
+def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Runs a training, with further callbacks if wanted; returns the folder of the trained model."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        model_args.attn_implementation = None  # nothing is computed, and a plan needs no kernels of a GPU's
+    check_arguments(model_args, args)
+    output = Path(args.output_dir)
+    if not args.dry_run:
+        return run(model_args, data_args, args, output / "data", find_checkpoint(args), callbacks)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache_dir:  # nothing is left in output_dir
+        return run(model_args, data_args, args, cache_dir)
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: Causal2VecTrainingArguments,
+    cache_dir: str | Path,
+    checkpoint: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Reads the data into `cache_dir`, trains from a checkpoint or from the start, and saves; or only prints the plan."""
+    arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict()}  # as given; some are changed below
+    output = Path(args.output_dir)
+    set_seed(args.seed)
+    data, dev_sets = load_data(data_args, args, cache_dir)
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base", args, resuming=checkpoint is not None)
@@ -614,54 +738,98 @@ def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = (
         train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
-        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_sizes),
+        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size),
         sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,
         callbacks=[MarkComplete(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    model = whole_model(trainer, model_args)
     if trainer.is_world_process_zero():
-        save_results(trainer, plan, output, {**asdict(model_args), **asdict(data_args), **args.to_dict()})
+        save_results(trainer, model, plan, arguments, name_of_base(model_args, output / "adapter"))
     return output / "model"
 
 
-def save_results(trainer: Causal2VecTrainer, plan: dict, output: Path, arguments: dict) -> None:
-    """Writes the model folder, the adapter if there is one, and the run's facts and curve."""
-    log = trainer.state.log_history
+def whole_model(trainer: Causal2VecTrainer, args: ModelArguments):
+    """
+    The trained model or PeftModel. Under FSDP each process holds a part of it: all of them must call this, and the first
+    gets a new one with the weights of all.
+    """
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    model = choose_parameters(load_model(args), args)
+    model.load_state_dict(weights)
+    return model
+
+
+def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict, base: str | None) -> None:
+    """Writes the model folder, the adapter (which names `base`) if there is one, and the run's facts and curve."""
+    output, log = Path(trainer.args.output_dir), trainer.state.log_history
     facts = {
         "arguments": without_machine_paths(arguments),
         "plan": without_machine_paths(plan),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), math.nan),
+        "decoder_tokens_per_second": tokens_per_second(trainer),
+        "peak_gigabytes": peak_gigabytes(),
         "log": log,
     }
     write_json(output / "training.json", facts)
     plot(log, output / "training.png")
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
-        save_folder(model, model.get_base_model(), output / "adapter", facts)
+        model.peft_config["default"].base_model_name_or_path = base
+        save_folder(
+            partial(model.save_pretrained, save_embedding_layers=False),
+            model.get_base_model(),
+            output / "adapter",
+            facts,
+        )
         model = model.merge_and_unload()
-    save_folder(model, model, output / "model", facts)
+    save_folder(model.save_pretrained, model, output / "model", facts)
 
 
-def save_folder(model, base: Causal2VecModel, folder: Path, facts: dict) -> None:
+def tokens_per_second(trainer: Causal2VecTrainer) -> float | None:
+    """Decoder tokens that all processes have read per second, since the run was started or resumed."""
+    seconds = next(
+        (entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), 0
+    )
+    return round(trainer.decoder_tokens * trainer.args.world_size / seconds, 1) if seconds else None
+
+
+def peak_gigabytes() -> float | None:
+    """The most memory that this process has had: the accelerator's, or without one the processor's (not on Windows)."""
+    if torch.accelerator.is_available():
+        return round(torch.accelerator.max_memory_allocated() / 1e9, 2)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def save_folder(save: Callable[[Path], None], model: Causal2VecModel, folder: Path, facts: dict) -> None:
     """
-    Saves a model or adapter with all that a stranger needs: code, configuration, tokenizers, instructions, card and the
-    run's facts. The folder appears under its name only when it is complete.
+    Saves a model, or by `save` its adapter, with all that a stranger needs: code, configuration, tokenizers, what
+    sentence-transformers reads, instructions, card and the run's facts. The folder appears under its name only when it is
+    complete.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    base.config.save_pretrained(temporary)
-    base.processor.save_pretrained(temporary)
+    save(temporary)
+    model.config.save_pretrained(temporary)
+    model.processor.save_pretrained(temporary)
+    write_sentence_transformers_files(temporary, model.config)
     for name in (*SHIPPED_CODE, "instructions.json"):
         shutil.copyfile(ROOT / name, temporary / name)
     for name in ("training.json", "training.png"):
         shutil.copyfile(folder.parent / name, temporary / name)
-    write_card(temporary, facts, base, name=f"{folder.parent.name} ({folder.name})")
+    write_card(temporary, facts, model, name=f"{folder.parent.name} ({folder.name})")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

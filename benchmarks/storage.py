@@ -26,14 +26,9 @@ from eval_report import write_json, write_text  # noqa: E402
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
 
 
-def cut(vectors: np.ndarray, dim: int, sizes: tuple[int, ...] | None = None) -> np.ndarray:
-    """`truncate_dim`: the first half of `dim` from each of the two states, scaled to length 1."""
-    import torch
-
-    from modeling_causal2vec import truncate_embeddings
-
-    vectors = truncate_embeddings(torch.from_numpy(vectors), dim, sizes).numpy()  # (texts, dim)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def cut(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """`truncate_dim`: the first `dim` numbers, scaled to length 1."""
+    return vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
 
 
 def store(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarray:
@@ -86,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict:
         documents[name] = shorten(pack, args.max_documents)
         vectors = [side.numpy() for side in pack.embed(model, batch_size=args.batch_size)]
         for row in rows:
-            first, second = (cut(side, row["dim"], model.config.embedding_sizes) for side in vectors)
+            first, second = (cut(side, row["dim"]) for side in vectors)
             known = np.concatenate([first, second]) if isinstance(pack, STSDev) else second
             ranges = np.stack([known.min(0), known.max(0)])
             first, second = (torch.from_numpy(store(side, row["precision"], ranges)) for side in (first, second))

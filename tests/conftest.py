@@ -1,5 +1,6 @@
 """Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
 
+import json
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 torch.set_num_threads(1)  # the models are so small that threads cost more than they give
@@ -142,6 +143,65 @@ def backbone_dir(tmp_path_factory):
         return str(folder)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def gguf_dir(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama as llama.cpp stores it, `tiny.gguf` (Q8_0), and as transformers does, in `plain/`."""
+    import gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    tokenizer = decoder_tokenizer(bos=False)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.eos_token = "<|im_end|>"
+    config = decoder_config("llama", len(tokenizer))
+    config.intermediate_size, config.eos_token_id, config.tie_word_embeddings = 64, tokenizer.eos_token_id, True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_name("Tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tokenizer.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i in control else gguf.TokenType.NORMAL for i in range(len(vocabulary))]
+    )
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.model.named_parameters():
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(weight.detach().numpy(), kind)
+        weight.data = torch.from_numpy(gguf.dequantize(data, kind))
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp interleaves the two halves that a rotation turns into each other
+            data = data.reshape(heads, 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        writer.add_tensor(names.get_name(f"model.{name}", (".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,7 @@ def test_every_variant_is_a_model_that_trains(backbone_dir):
         if name in ablation.GO_ON or name in ablation.JOIN:
             continue
         values = {"encoder": backbone_dir("bert"), "decoder": backbone_dir("llama"), "lora_r": 2, **flags}
+        values = {name: value for name, value in values.items() if value is not None}
         assert set(values) <= set(train.ModelArguments.__dataclass_fields__) | {"max_examples"}
         values.pop("max_examples", None)
         args = train.ModelArguments(**values)

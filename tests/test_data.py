@@ -1,5 +1,6 @@
 """Rows of every layout, broken rows, single-dataset batches, in-context examples."""
 
+import codecs
 import gzip
 import json
 from collections import Counter
@@ -52,6 +53,12 @@ def training_data(**kwargs):
         ({"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m"}, ["n", "m"]),
         ({"query": "q", "positive": ["p", "other"], "negative": ["n"]}, ["n"]),
         ({"sentence1": "q", "sentence2": "p"}, []),
+        ({"query": "q", "positive": "p", "neg": ["n"], "negative_10": "m"}, ["n", "m"]),
+        # What miners write beside their negatives is no text to train on.
+        (
+            {"query": "q", "positive": "p", "negative_1": "n", "negative_score": "0.5", "negative_ids": ["d1", "d2"]},
+            ["n"],
+        ),
     ],
 )
 def test_layouts(row, negatives):
@@ -67,6 +74,10 @@ BROKEN = [
     (b'["q", "p"]', "expected an object"),
     (b'{"query": "q", "positive": "p\xff"}', "invalid UTF-8 at byte 29"),
     (b'{"query": "q", ', "not JSON"),
+    (rb'{"query": "half \ud83d char", "positive": "p"}', "query is no Unicode text"),
+    (rb'{"query": "q", "positive": "p", "negatives": ["n", "\udc00"]}', "negative is no Unicode text"),
+    (b'{"query": "q", "positive": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+    (b'{"query": "q", "positive": "p", "id": ' + b"7" * 5_000 + b"}", "not JSON"),
 ]
 
 
@@ -86,6 +97,79 @@ def test_broken_rows_are_counted_when_skipped(tmp_path, caplog):
     path.write_bytes(b"".join(line + b"\n" for line, _ in BROKEN) + b'{"query": "q", "positive": "p"}\n')
     assert [row["query"] for row in read_rows(str(path), skip_bad_rows=True)] == ["q"]
     assert f"skipped {len(BROKEN)} bad rows" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    """As editors on Windows write it; files put together have one in the middle."""
+    row, mark = b'{"query": "q", "positive": "p"}\n', codecs.BOM_UTF8
+    (tmp_path / "rows.jsonl").write_bytes(mark + row + row + mark + row + mark)
+    assert [row["query"] for row in read_rows(str(tmp_path / "rows.jsonl"))] == ["q"] * 3
+    listed = json.dumps([{"name": "a", "path": "a.jsonl", "instructions": ["find"]}]).encode()
+    (tmp_path / "data.json").write_bytes(mark + listed)
+    assert read_data_file(str(tmp_path / "data.json"))[0].name == "a"
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b'[\n {"name": "a",}\n]', "line 2: .*column"),
+        (b'[{"name": "\xff"}]', "UTF-8"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"[" + b"7" * 5_000 + b"]", "digits"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_is_named(tmp_path, content, told):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}.*{told}"):
+        read_data_file(str(path))
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    half = len(content) // 2
+    return content[:half] if how == "cut off" else content[:half] + bytes(255 - b for b in content[half:])
+
+
+@pytest.mark.parametrize("how", ["cut off", "overwritten"])
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet"])
+def test_a_damaged_file_is_named(tmp_path, name, how):
+    import datasets
+
+    rows = rows_of("x", 2000, 1)
+    path = tmp_path / name
+    if name.endswith("gz"):
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    path.write_bytes(damaged(path.read_bytes(), how))
+    for load in (
+        lambda: list(read_rows(str(path), skip_bad_rows=True)),
+        lambda: load_rows(DatasetSpec("x", name, ["find"]), str(tmp_path), str(tmp_path / "cache"), skip_bad_rows=True),
+    ):
+        with pytest.raises(OSError, match=f"{path} cannot be read"):
+            load()
+
+
+def test_a_parquet_file_with_text_that_is_none(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array([b"q", b"\xff"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"query": text, "positive": ["p", "p"]}), tmp_path / "x.parquet")
+    with pytest.raises(OSError, match="x.parquet cannot be read"):
+        list(read_rows(str(tmp_path / "x.parquet")))
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_bad_row_is_told_wherever_it_is(tmp_path, bad):
+    lines = [b'{"query": "q", "positive": "p"}'] * 3
+    lines[bad - 1] = b'{"query": "q"}'
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    spec = DatasetSpec("x", "x.jsonl", ["find"])
+    with pytest.raises(BadRow, match=f"x.jsonl, line {bad}: no positive"):
+        load_rows(spec, str(tmp_path), str(tmp_path / "cache"))
+    rows = load_rows(spec, str(tmp_path), str(tmp_path / "cache"), skip_bad_rows=True)
+    assert rows["query"][:] == ["q", "q"]
 
 
 def test_files_become_memory_mapped_rows(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -57,9 +58,26 @@ def test_a_retrieval_pack(tmp_path):
     assert dev.score(Letters()) == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
+@pytest.mark.parametrize("again", ["packs", "elsewhere"])
+def test_a_pack_of_another_content_is_another_pack(tmp_path, again):
+    """Although it has the name of one that was read before."""
+    for parent, text in (("packs", "old"), (again, "new")):
+        rows = [{"sentence1": text, "sentence2": "b", "score": 1.0}]
+        shutil.rmtree(tmp_path / parent, ignore_errors=True)
+        (tmp_path / parent).mkdir()
+        assert load_pack(write_pack(tmp_path / parent / "STS", {"default": rows}), "find").first == [text]
+
+
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither an STS pack"):
         load_pack(write_pack(tmp_path / "Other", {"default": [{"text": "a", "label": 1}]}), "find")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def test_ndcg():
@@ -87,3 +105,18 @@ def test_held_out_rows_are_not_trained_on():
             assert {"query": query, "positive": dev.corpus[place]} in [
                 {"query": row["query"], "positive": row["positive"]} for row in rows
             ]
+
+
+def test_holding_out_reads_no_row_to_train_on_into_python(monkeypatch):
+    """Of a million, that would take minutes. The rows are the same, in the same order."""
+    import datasets
+
+    rows = [{"query": f"q{i // 2}", "positive": f"p{i % 37}", "negatives": []} for i in range(400)]
+    shuffled = datasets.Dataset.from_list(rows).shuffle(seed=1).to_list()
+    known = {text for row in shuffled[:10] for text in (row["query"], row["positive"])}
+    expected = [row for row in shuffled[10:] if not known & {row["query"], row["positive"]}]
+    read, iterate = [], datasets.Dataset.__iter__
+    monkeypatch.setattr(datasets.Dataset, "__iter__", lambda self: (read.append(row) or row for row in iterate(self)))
+    rest, _ = held_out(datasets.Dataset.from_list(rows), DatasetSpec("a", "a.jsonl", ["find"]), 10, seed=1)
+    assert rest.to_list() == expected and 0 < len(expected) < 390
+    assert not read

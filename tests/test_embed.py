@@ -380,8 +380,8 @@ def test_bad_models(tmp_path, capsys, backbone_dir):
 def test_values_that_the_model_refuses(tmp_path, capsys, model_dir, loads):
     path, output = write(tmp_path / "a.txt", "one"), str(tmp_path / "a.npy")
     command = ["encode", path, "-o", output, "--model", model_dir]
-    assert "`truncate_dim` must be an even integer between 2 and 64, got 3" in error_of(
-        [*command, "--truncate_dim", "3"], capsys
+    assert "`truncate_dim` must be an integer between 1 and 64, got 65" in error_of(
+        [*command, "--truncate_dim", "65"], capsys
     )
     assert "max_length=2 leaves no room for text" in error_of([*command, "--max_length", "2"], capsys)
     assert loads == [model_dir, model_dir] and not Path(output).exists()

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import socket
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def test_orthogonal_pairs_have_a_closed_form():
     assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-4)), abs=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"temperature": 0}, {"matryoshka_dims": [3]}, {"matryoshka_dims": [0]}])
+@pytest.mark.parametrize(
+    "arguments", [{"temperature": 0}, {"matryoshka_dims": [9], "embedding_size": 8}, {"matryoshka_dims": [0]}]
+)
 def test_settings_that_cannot_work_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         InfoNCE(**arguments)
@@ -151,8 +155,27 @@ def test_random_state_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_random_state_replays_the_accelerators_generators(monkeypatch):
+    """Of whatever accelerator is in use: a stub of one with two devices, which keeps a number for a generator's state."""
+    generators = [10, 20]
+    stub = SimpleNamespace(
+        device_count=lambda: len(generators),
+        get_rng_state=lambda device: generators[device],
+        set_rng_state=lambda state, device: generators.__setitem__(device, state),
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kwargs: SimpleNamespace(type="stub"))
+    monkeypatch.setattr(torch, "get_device_module", {"stub": stub}.__getitem__)
+    state = RandomState()
+    generators[:] = 11, 21
+    with state.replay():
+        assert generators == [10, 20]
+        generators[:] = 12, 22
+    assert generators == [11, 21]
+
+
 def two_ranks(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # a deprecated call
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     queries, documents, query_ids, document_ids = toy_batch()
     # Rank 0 has 2 rows and 3 hard negatives, rank 1 has 2 rows and 1: ragged on purpose.

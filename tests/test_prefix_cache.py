@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from modeling_causal2vec import Causal2VecModel
-from prefix_cache import PrefixCache, SharedHead, compute_head, is_causal
+from prefix_cache import DecoderScan, PrefixCache, SharedHead, compute_head
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -187,10 +187,29 @@ def there_and_back(model):
     model.to(torch.float32)
 
 
+def another_parameter(model):
+    projection = model.decoder.layers[0].self_attn.k_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach() * 1.5)
+
+
+def another_module(model):
+    attention = model.decoder.layers[0].self_attn
+    attention.v_proj = copy.deepcopy(attention.v_proj)
+    attention.v_proj.weight.data.mul_(1.5)
+
+
+def another_layer(model):
+    layer = copy.deepcopy(model.decoder.layers[0])
+    layer.mlp.down_proj.weight.data.mul_(1.5)
+    model.decoder.layers[0] = layer
+
+
+CHANGES = [optimizer_step, load_state_dict, assign_state_dict, write_through_data, there_and_back]
+CHANGES += [another_parameter, another_module, another_layer]
+
+
 class TestNeverStale:
-    @pytest.mark.parametrize(
-        "change", [optimizer_step, load_state_dict, assign_state_dict, write_through_data, there_and_back]
-    )
+    @pytest.mark.parametrize("change", CHANGES)
     def test_other_weights(self, model, change):
         before = model.encode(TEXTS, instruction=INSTRUCTION)
         assert len(model.prefix_cache) == 1
@@ -250,6 +269,22 @@ class TestNeverStale:
         assert model.prefix_cache.misses > misses
         adapted.unmerge_adapter()
         check(differs_from=one)
+
+    def test_modules_are_listed_once(self, model, monkeypatch):
+        """A walk over the modules of a deep decoder takes longer than anything else that is done beside the towers."""
+        walks = []
+        walk = type(model.decoder).modules
+        monkeypatch.setattr(type(model.decoder), "modules", lambda self: walks.append(1) or walk(self))
+        for _ in range(3):
+            model.encode(TEXTS, instruction=INSTRUCTION, batch_size=2)
+        model.train()
+        for _ in range(3):
+            model(**model.processor(TEXTS, INSTRUCTION), share_heads=True)
+        model.eval()
+        assert len(walks) == 1
+        another_module(model)
+        model.encode(TEXTS, instruction=INSTRUCTION)
+        assert len(walks) == 2
 
     def test_training_keeps_nothing(self, model):
         model.train()
@@ -358,7 +393,7 @@ class TestDecodersThatCannot:
 
     def test_not_causal(self, model, caplog):
         model.decoder.config.is_causal = False
-        assert not is_causal(model.decoder)
+        assert not DecoderScan(model.decoder).is_causal()
         self.check(model, caplog, "not causal")
 
     def test_positions_that_depend_on_the_length(self, model, caplog):

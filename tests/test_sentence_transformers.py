@@ -66,20 +66,14 @@ def test_examples_reach_the_head(model, tiny_model):
     assert np.abs(expected - tiny_model.encode(TEXTS, instruction=INSTRUCTION)).max() > 1e-3
 
 
-@pytest.mark.parametrize("dim", [2, 16, 64])
+@pytest.mark.parametrize("dim", [2, 7, 64])
 def test_truncation_cuts_both_states(model, tiny_model, dim):
     expected = tiny_model.encode(TEXTS, truncate_dim=dim)
-    assert close(model.encode(TEXTS, truncate_dim=dim), expected)
-    assert close(model.encode(TEXTS[0], truncate_dim=dim, normalize_embeddings=True), expected[0])
+    assert close(model.encode(TEXTS, truncate_dim=dim, normalize_embeddings=True), expected)
+    assert close(model.encode(TEXTS, truncate_dim=dim), tiny_model.encode(TEXTS)[:, :dim])  # as it cuts all models
     with model.truncate_embeddings(dim):
         assert model.get_embedding_dimension() == dim
-        assert close(model.encode(TEXTS), expected)
-
-
-def test_truncation_refuses_what_encode_refuses(model, tiny_model):
-    for encode in (model.encode, tiny_model.encode):
-        with pytest.raises(ValueError, match="`truncate_dim` must be an even integer"):
-            encode(TEXTS, truncate_dim=7)
+        assert close(model.encode(TEXTS, normalize_embeddings=True), expected)
 
 
 def test_texts_that_are_cut_are_counted_and_told_once(saved_dir, caplog):
@@ -258,15 +252,42 @@ def test_its_trainer_fine_tunes_every_part(saved_dir, tmp_path, matryoshka):
     assert close(reloaded.encode(TEXTS), model.encode(TEXTS))
 
 
-def test_matryoshka_cuts_both_states(model):
-    """The prefix that sentence-transformers takes of a batch in training is the prefix that `encode` returns."""
-    features = model.preprocess(TEXTS)
-    embeddings = model[0](features)["sentence_embedding"]
-    prefix = embeddings[..., :16]
-    assert type(prefix) is torch.Tensor and prefix.requires_grad
-    assert close(prefix.detach(), model.encode(TEXTS, truncate_dim=16))
-    assert type(embeddings * 1) is torch.Tensor and torch.equal(embeddings[0], (embeddings * 1)[0])
-    assert torch.equal(embeddings[..., :1000], embeddings * 1)
+MATRYOSHKA = {
+    "plain": lambda model: losses.MultipleNegativesRankingLoss(model),
+    "symmetric": lambda model: losses.MultipleNegativesSymmetricRankingLoss(model),
+    "cached": lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
+}
+
+
+@pytest.mark.parametrize("kind", MATRYOSHKA)
+def test_what_matryoshka_trains_is_what_truncation_keeps(model, tiny_model, kind, monkeypatch):
+    """The vectors that the wrapped loss compares at each size are the ones that `encode(truncate_dim=size)` gives."""
+    from sentence_transformers.util import normalize_embeddings
+
+    inner = MATRYOSHKA[kind](model)
+    compared = []
+
+    def spy(similarity):
+        def compare(first, second, *args, **kwargs):
+            compared.append((first.detach(), second.detach()))
+            return similarity(first, second, *args, **kwargs)
+
+        return compare
+
+    monkeypatch.setattr(inner, "similarity_fct", spy(inner.similarity_fct))
+    loss = losses.MatryoshkaLoss(model, inner, matryoshka_dims=[64, 16, 7])
+    features = [model.preprocess(TEXTS[:3]), model.preprocess(TEXTS[3:])]
+    loss(features, None).backward()
+    assert {first.shape[-1] for first, _ in compared} == {64, 16, 7}
+    for dim in (64, 16, 7):
+        expected = torch.from_numpy(tiny_model.encode(TEXTS, truncate_dim=dim))
+        for pair in compared:
+            for side in pair:
+                if side.shape[-1] == dim:
+                    nearest = (normalize_embeddings(side) @ expected.T).max(dim=1).values
+                    assert torch.allclose(nearest, torch.ones(len(side)), atol=1e-5)
+    with pytest.raises(ValueError, match="embedding dimension of 64"):
+        losses.MatryoshkaLoss(model, inner, matryoshka_dims=[65])(features, None)
 
 
 def test_the_repository_itself(bundled_dir, bundled_model):
@@ -274,5 +295,6 @@ def test_the_repository_itself(bundled_dir, bundled_model):
     assert close(model.encode(TEXTS), bundled_model.encode(TEXTS))
     assert close(model.encode_query(TEXTS), bundled_model.encode_query(TEXTS))
     assert close(model.encode_document(TEXTS), bundled_model.encode_document(TEXTS))
-    assert close(model.encode(TEXTS, truncate_dim=128), bundled_model.encode(TEXTS, truncate_dim=128))
+    cut = model.encode(TEXTS, truncate_dim=128, normalize_embeddings=True)
+    assert close(cut, bundled_model.encode(TEXTS, truncate_dim=128))
     assert model.prompts["query"] == bundled_model.config.query_instruction

@@ -192,6 +192,22 @@ class TestLayout:
     def test_no_bos_unless_the_tokenizer_adds_one(self):
         assert BOS not in make_processor(bos=False)("hi", instruction="Find it")["input_ids"]
 
+    def test_a_template_with_its_own_bos_and_eos_gets_no_second_ones(self):
+        tokenizer = decoder_tokenizer()
+        tokenizer.add_tokens(["<|contextual|>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+        tokenizer.eos_token = "<|im_end|>"
+        template = dict(contextual_token_id=SLOT, prompt_head="<s>user\n", prompt_tail="!<|im_end|>")
+        processor = Causal2VecProcessor(tokenizer, wordpiece_tokenizer(), **template)
+        for texts in ("hi", "hi" * 600):
+            (row,) = rows_of(processor(texts, instruction="Find it"))
+            assert tokenizer.decode(row).startswith("<s>user\nFind it<|contextual|>hi") and row.count(BOS) == 1
+            assert tokenizer.decode(row).endswith("hi!<|im_end|>") and row.count(tokenizer.eos_token_id) == 1
+        assert len(row) == 512
+        shortest = len(row) - row[::-1].index(SLOT) + 3  # head and slot, one token of text, tail, EOS
+        assert len(rows_of(processor("hihi", instruction="Find it", max_length=shortest))[0]) == shortest
+        with pytest.raises(ValueError, match=rf"the tail 1, .* 2\. Use at least max_length={shortest},"):
+            processor("hi", instruction="Find it", max_length=shortest - 1)
+
     def test_no_template(self, tiny_model):
         (row,) = rows_of(tiny_model.processor("hi"))
         assert row == [BOS, SLOT, 286, EOS]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,25 @@ def run(data_dir, backbone_dir, tmp_path):
     return run
 
 
+def given(folder) -> dict:
+    return json.loads((folder / "training.json").read_text())["arguments"]
+
+
 def losses(folder):
     return [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["log"] if "loss" in entry]
 
 
+def dev_scores(folder):
+    return [
+        entry["eval_score"]
+        for entry in json.loads((folder / "training.json").read_text())["log"]
+        if "eval_score" in entry
+    ]
+
+
 def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(run, tmp_path, monkeypatch):
     from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
 
     in_memory = {}
     save_results = train.save_results
@@ -102,9 +116,14 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_agree(run, tmp_path, mon
     base = Causal2VecModel.from_pretrained(tmp_path / "run" / "base")
     adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert abs(adapted.encode(TEXTS, instruction="find") - after).max() < 1e-5
-    # The adapter's folder by itself, as for any of transformers' models: it names its base.
+    # The adapter's folder by itself, as for any of transformers' models: it names its base, from wherever it is loaded.
+    assert adapted.peft_config["default"].base_model_name_or_path == "../base"
+    checkpoint = json.loads((tmp_path / "run" / "checkpoint-4" / "adapter_config.json").read_text())
+    assert checkpoint["base_model_name_or_path"] == str(tmp_path / "run" / "base")
     alone = AutoModel.from_pretrained(tmp_path / "run" / "adapter", trust_remote_code=True)
     assert abs(alone.encode(TEXTS, instruction="find") - after).max() < 1e-5
+    through_sentence_transformers = SentenceTransformer(str(tmp_path / "run" / "adapter"), trust_remote_code=True)
+    assert abs(through_sentence_transformers.encode(TEXTS, prompt="find") - after).max() < 1e-5
     assert "an adapter alone" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "an adapter alone" not in (folder / "README.md").read_text()
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -163,6 +182,29 @@ def test_lora_on_both_towers(make_model):
     lora = [name for name, p in model.named_parameters() if "lora_" in name]
     assert any(".encoder." in name for name in lora) and any(".decoder." in name for name in lora)
     assert not any("projector" in name for name in lora)
+
+
+@pytest.mark.parametrize("towers", [{"train_decoder": "lorra"}, {"train_decoder": "full", "train_encoder": "Lora"}])
+def test_no_tower_is_trained_in_a_way_that_there_is_none_of(make_model, towers):
+    with pytest.raises(ValueError, match="must be one of .*lora.*full.*frozen"):
+        train.choose_parameters(make_model(), train.ModelArguments(**towers))
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ({}, "../base"),
+        ({"model": "models/mine"}, "../../models/mine"),
+        ({"model": "user/model"}, "user/model"),
+        ({"base_id": "user/base"}, "user/base"),
+        ({"model": "models/mine", "base_id": "user/base"}, "user/base"),
+    ],
+)
+def test_how_an_adapter_names_its_base(tmp_path, monkeypatch, flags, named):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/mine", "run/base"):
+        Path(folder).mkdir(parents=True)
+    assert train.name_of_base(train.ModelArguments(**flags), Path("run/adapter")) == named
 
 
 def test_mixing_lora_and_full_is_refused(make_model):
@@ -263,9 +305,29 @@ def train_in_rank(rank: int, port: int, recipe: str, ways: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for way, flags in ways.items():
+        if way.startswith("fsdp"):
+            shard_as_the_recipe_says()
         train_and_note_rows(recipe, flags, f"{Path(recipe).parent}/{way}", rank)
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads and DDP's destructors can wait for each other for ever at an orderly end
+
+
+def shard_as_the_recipe_says() -> None:
+    """What `accelerate launch` makes of recipes/accelerate/fsdp.yaml; accelerate itself offers it to GPUs alone."""
+    import yaml
+    from accelerate import DistributedType, PartialState
+
+    recipe = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp.yaml").read_text())
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ |= {name.upper(): str(value) for name, value in recipe["fsdp_config"].items()}
+    init = PartialState.__init__
+
+    def init_as_gpus(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init_as_gpus
 
 
 def train_and_note_rows(recipe: str, flags: list[str], output_dir: str, rank: int = 0) -> None:
@@ -287,9 +349,12 @@ def train_and_note_rows(recipe: str, flags: list[str], output_dir: str, rank: in
 def test_two_processes_train_what_one_trains(run, tmp_path):
     run("--dry_run")  # writes the recipe
     recipe = str(tmp_path / "recipe.json")
+    scored = ["--dev_rows", "8", "--eval_strategy", "steps", "--eval_steps", "2"]
     ways = {
         "gradcache": ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--gradcache"],
         "streamed": ["--per_device_train_batch_size", "4", "--streaming", "--shuffle_buffer", "10"],
+        "fsdp-lora": ["--per_device_train_batch_size", "4", *scored],
+        "fsdp-full": ["--per_device_train_batch_size", "4", "--train_decoder", "full", *scored],
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -297,7 +362,7 @@ def test_two_processes_train_what_one_trains(run, tmp_path):
     torch.multiprocessing.spawn(train_in_rank, args=(port, recipe, ways), nprocs=2)
     for way, flags in ways.items():
         alone = tmp_path / f"{way}-alone"
-        plain = flags[2:] if way == "streamed" else []
+        plain = [] if way == "gradcache" else flags[2:]
         train_and_note_rows(recipe, ["--per_device_train_batch_size", "8", *plain], str(alone))
         ranks = [json.loads((tmp_path / way / f"rows-{rank}.json").read_text())[:4] for rank in range(2)]
         one = json.loads((alone / "rows-0.json").read_text())[:4]
@@ -305,14 +370,18 @@ def test_two_processes_train_what_one_trains(run, tmp_path):
             assert first[0] == second[0] == whole[0]
             assert first[1:] + second[1:] == whole[1:]
         assert losses(tmp_path / way) == pytest.approx(losses(alone), abs=1e-3)
+        assert dev_scores(tmp_path / way) == pytest.approx(dev_scores(alone), abs=1e-6)
+        assert len(dev_scores(alone)) == 2 * way.startswith("fsdp")
         expected, actual = (Causal2VecModel.from_pretrained(f / "model").encode(TEXTS) for f in (alone, tmp_path / way))
         assert abs(expected - actual).max() < 1e-3
 
 
-def test_another_runs_checkpoints_are_not_overwritten(run):
-    run("--max_steps", 2)
-    with pytest.raises(ValueError, match="--resume"):
-        run("--max_steps", 2)
+@pytest.mark.parametrize("left", ["model", "adapter", "checkpoint-2"])
+def test_what_another_run_left_is_not_overwritten(run, tmp_path, monkeypatch, left):
+    monkeypatch.setattr(train, "load_data", lambda *args: pytest.fail("it went on"))
+    (tmp_path / "run" / left).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"holds {left} of another run.*--resume"):
+        run()
 
 
 def test_only_complete_checkpoints_count(tmp_path):
@@ -331,6 +400,12 @@ def test_gradcache_run_equals_the_full_batch(run, tmp_path):
     accumulated = run(*flags, output_dir=tmp_path / "accumulated")
     assert losses(cached.parent) == pytest.approx(losses(full.parent), abs=1e-3)
     assert losses(accumulated.parent)[0] < losses(full.parent)[0]  # fewer negatives
+    # The facts hold the run as it was asked for, so that it can be asked for again.
+    assert given(cached)["gradient_accumulation_steps"] == 4 and given(cached)["gradcache"]
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(given(cached)))
+    model, data, args = train.parse([str(again)])
+    assert {**asdict(model), **asdict(data), **args.to_dict()} == given(cached)
     expected, actual = (Causal2VecModel.from_pretrained(folder).encode(TEXTS) for folder in (full, cached))
     assert abs(expected - actual).max() < 1e-3
 
@@ -358,14 +433,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
 
 
 def test_dry_run_prints_the_plan_and_a_batch_and_trains_nothing(run, capsys, tmp_path):
-    run("--dry_run")
+    run("--dry_run", "--attn_implementation", "flash_attention_2")  # a plan needs no GPU
     printed = capsys.readouterr().out
     plan = json.loads(printed[: printed.index("\n}\n") + 2])
     assert [d["name"] for d in plan["datasets"]] == ["one", "two"]
     assert plan["steps"] == 4 and plan["trainable_parameters"]["encoder"] == 0
     assert plan["trainable_parameters"]["decoder"] > 0 and plan["estimated_decoder_tokens"] > 0
     assert "<|contextual|>" in printed and "question" in printed
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gguf_decoder(run, gguf_dir, capsys, tmp_path):
+    run("--decoder", gguf_dir, "--decoder_gguf_file", "tiny.gguf", "--dry_run")
+    assert "<|im_start|>user" in capsys.readouterr().out  # of the tokenizer in the file
+    with pytest.raises(ValueError, match="leave out --decoder_gguf_file"):
+        train.load_model(train.ModelArguments(model=str(tmp_path), decoder_gguf_file="tiny.gguf"))
 
 
 def test_dev_scores_choose_the_step(run):
@@ -403,12 +485,97 @@ def test_arguments_that_cannot_work(run, tmp_path):
             train.load_model(train.ModelArguments(model="x", **changed))
     with pytest.raises(ValueError, match="Give either --model"):
         train.load_model(train.ModelArguments(model="x", encoder="y"))
-    recipe = tmp_path / "unknown.json"
-    recipe.write_text(json.dumps({"output_dir": "x", "learning_rat": 1}))
-    with pytest.raises(ValueError, match="learning_rat"):
+    for flags, told in (
+        (("--dtype", "bfloat16"), "--dtype bfloat16 needs --bf16 true"),
+        (("--base_id", "runs/x/base"), "--base_id must be a Hub id"),
+        (("--attn_implementation", "flash_attention_2"), "needs a GPU"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(*flags)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rat": 1},
+        {"train_decoder": "lorra"},
+        {"dtype": "float17"},
+        {"eval_strategy": "sometimes"},
+        {"lr_scheduler_type": "straight"},
+        {"max_steps": "ten"},
+        {"max_steps": 2.5},
+        {"max_steps": None},
+        {"learning_rate": [1e-4]},
+        {"gradcache": "perhaps"},
+        {"matryoshka_dims": ["many"]},
+        {"encoder": {"name": "e"}},
+    ],
+    ids=str,
+)
+def test_a_recipe_is_checked_as_flags_are(tmp_path, values):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"output_dir": "x", **values}))
+    with pytest.raises(ValueError, match=f"{recipe}.*{[*values][0]}"):
         train.parse([str(recipe)])
-    with pytest.raises(ValueError, match="--dtype bfloat16 needs --bf16 true"):
-        run("--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("content, told", [('{\n "seed": 1,\n}', "line 3: .*column"), ("[]", "an object")])
+def test_a_recipe_that_is_none_is_named(tmp_path, content, told):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(content)
+    with pytest.raises(ValueError, match=f"{recipe}.*{told}"):
+        train.parse([str(recipe)])
+
+
+def test_what_a_recipe_can_hold(tmp_path):
+    values = {
+        "encoder": "e", "prompt_head": "--x\n", "text_prefix": "", "datasets": ["--seed", "5"], "seed": "7",
+        "matryoshka_dims": [16, 8], "learning_rate": 1e-5, "gradcache": True, "use_cpu": True,
+        "save_total_limit": None, "lr_scheduler_kwargs": {"a": 1}, "report_to": ["none"], "lr_scheduler_type": "cosine",
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(values), encoding="utf-8-sig")
+    model, data, args = train.parse([str(recipe), "--encoder", "from_a_flag", "--use_cpu", "true"])
+    found = {**vars(args), **vars(data), **vars(model)}
+    expected = {**values, "encoder": "from_a_flag", "seed": 7, "report_to": []}
+    assert {name: found[name] for name in values} == expected
+
+
+def test_a_processor_without_bfloat16_is_told(run, monkeypatch, caplog):
+    for fast in (True, False):
+        monkeypatch.setattr(train, "has_fast_bfloat16", lambda fast=fast: fast)
+        caplog.clear()
+        run("--dtype", "bfloat16", "--bf16", "true", "--dry_run")
+        assert sum("float32" in record.message for record in caplog.records if record.name == "train") == (not fast)
+
+
+def test_deepspeed_is_refused(run, monkeypatch):
+    parse = train.parse
+
+    def with_deepspeed(argv):
+        arguments = parse(argv)
+        arguments[2].deepspeed_plugin = object()
+        return arguments
+
+    monkeypatch.setattr(train, "parse", with_deepspeed)
+    with pytest.raises(ValueError, match="DeepSpeed.*FSDP"):
+        run()
+
+
+def test_the_loader_has_what_the_arguments_say(run, tmp_path, monkeypatch):
+    loaders = []
+    make = train.Causal2VecTrainer.get_train_dataloader
+    monkeypatch.setattr(
+        train.Causal2VecTrainer, "get_train_dataloader", lambda self: loaders.append(make(self)) or loaders[-1]
+    )
+    options = {"num_workers": 2, "prefetch_factor": 3, "persistent_workers": True}
+    flags = [part for name, value in options.items() for part in (f"--dataloader_{name}", value)]
+    for way in ((), ("--streaming", "--shuffle_buffer", 10)):
+        folder = run("--max_steps", 1, "--save_strategy", "no", *flags, *way, output_dir=tmp_path / f"{len(way)}")
+        assert len(losses(folder.parent)) == 1
+        assert {name: getattr(loaders[-1], name) for name in options} == options
+        assert loaders[-1].worker_init_fn.func is train.seed_worker
+    assert len(loaders) == 2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
