@@ -27,7 +27,10 @@ try:
     from .configuration_causal2vec import Causal2VecConfig
     from .modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, interleave, last_true
     from .tokenization_utils import Causal2VecProcessor
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import Causal2VecConfig
     from modeling_causal2vec import Causal2VecModel, Causal2VecModelOutput, interleave, last_true
     from tokenization_utils import Causal2VecProcessor

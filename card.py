@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig
 from data import SUFFIXES
-from saving_utils import card_sections, is_hub_id, refresh_hashes
+from saving_utils import LIBRARY, PIPELINE_TAG, TAGS, card_sections, is_hub_id, refresh_hashes
 
 
 TEMPLATE = """
@@ -74,9 +74,9 @@ def write_card(
     data = ModelCardData(
         license=licence,
         language="en" if scores else None,
-        library_name="transformers",
-        pipeline_tag="feature-extraction",
-        tags=["causal2vec", "sentence-transformers", "text-embeddings", "sentence-similarity", "custom_code"],
+        library_name=LIBRARY,
+        pipeline_tag=PIPELINE_TAG,
+        tags=list(TAGS),
         base_model=[*base_models] or [i for i in map(arguments.get, (*towers, "model")) if is_hub_id(i)] or None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
         model_name=name,

@@ -5,6 +5,7 @@ an error that says what would work.
 """
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,31 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+
+def _check_siblings() -> None:
+    """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
+    for name in ("baselines", "packing", "prefix_cache", "saving_utils", "tokenization_utils"):
+        expected, spec = Path(__file__).with_name(f"{name}.py"), importlib.util.find_spec(name)
+        found = spec and spec.origin
+        if found is None or Path(found).resolve() != expected.resolve():
+            raise ImportError(
+                f"`import {name}` must give {expected}, but sys.path leads to {found}. Rename or move that file, or load "
+                "the model with AutoModel and trust_remote_code=True, which needs no clone on sys.path."
+            )
 
 
 try:
-    from .saving_utils import is_hub_id, new_files
-except ImportError:  # imported from a clone, where these files are top-level modules
-    from saving_utils import is_hub_id, new_files
+    from .saving_utils import is_hub_id, new_files, push_to_hub
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    _check_siblings()
+    from saving_utils import is_hub_id, new_files, push_to_hub
 
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     # Never imported here; named because the loader tells local folders of one name apart by this file and what it
@@ -147,12 +166,6 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"`_attn_implementation_internal` is not accepted from a configuration{part and f' ({part})'}; pass "
                     "`attn_implementation=` to `from_pretrained` instead."
                 )
-        kwargs.pop("use_cache", None)  # written by Trainer; caching is an argument of `forward`
-        unknown = sorted(set(kwargs) - _OF_TRANSFORMERS)
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} has no {unknown}; its fields are {sorted(_TYPES)} and the two backbones'."
-            )
         _check_choices(self)
         if self.has_encoder:
             self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
@@ -160,6 +173,15 @@ class Causal2VecConfig(PreTrainedConfig):
             raise ValueError(f"The baseline {self.baseline!r} has no encoder; leave `encoder_config` out.")
         self.decoder_config = _sub_config("decoder_config", self.decoder_config, default="llama")
         super().__post_init__(**kwargs)
+        # What nothing reads, perhaps of a newer transformers, must not keep a checkpoint from loading; a typo is told.
+        read = {
+            name for name in kwargs if name not in vars(self) and (hasattr(self, name) or hasattr(self, f"_{name}"))
+        }
+        unknown = sorted(name for name in kwargs.keys() - read - _OF_TRANSFORMERS if not name.startswith("_"))
+        for name in unknown:
+            vars(self).pop(name, None)
+        if unknown:
+            logger.warning("%s has no %s: ignored. Its fields are %s.", type(self).__name__, unknown, sorted(_TYPES))
 
         _check_types(self)
         decoder = self.decoder_config.get_text_config()
@@ -237,6 +259,8 @@ class Causal2VecConfig(PreTrainedConfig):
         with new_files(save_directory) as temporary:
             super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
 
+    push_to_hub = push_to_hub
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The decoder's text configuration (the encoder's for `encoder=True` alone): vocabulary, layers, cache."""
         backbone = self.encoder_config if encoder and not decoder and self.has_encoder else self.decoder_config
@@ -258,25 +282,18 @@ _CHOICES = {
     "baseline": (None, "last_token", "embedding_concat", "token_prepending"),
 }
 
-# What transformers itself writes into a configuration or passes to it, besides its declared fields.
+# Attributes that transformers and its Trainer set on configurations, and so find again in config.json.
 _OF_TRANSFORMERS = {
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
     "auto_map",
-    "bos_token_id",  # these three by Trainer, from the tokenizer
-    "eos_token_id",
-    "pad_token_id",
+    "bos_token_id",
     "custom_pipelines",
     "distributed_config",
-    "experts_implementation",
+    "eos_token_id",
     "loss_type",
     "model_type",
-    "name_or_path",
-    "output_attentions",
+    "pad_token_id",
     "quantization_config",
     "tie_word_embeddings",
-    "torch_dtype",
     "use_cache",
 }
 

@@ -17,9 +17,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -206,9 +207,10 @@ def search(args: argparse.Namespace) -> None:
     """Prints the passages that are nearest to the query."""
     passages = read_passages(args.files, args.text_column)
     model = load_model(args)
-    limits = {"batch_size": args.batch_size, "max_length": args.max_length}
+    limits = {"batch_size": args.batch_size, "max_length": args.max_length, "truncation": "silent"}
     query = model.encode_query(args.query, instruction=args.instruction, **limits)  # (dim,)
     scores = model.encode_document([passage.text for passage in passages], **limits) @ query  # (passages,)
+    tell_truncated(model, len(passages) + 1, args.max_length)
     width = min(shutil.get_terminal_size().columns, 120)
     for index in (-scores).argsort(kind="stable")[: args.top_k]:
         path, line, text = passages[index]
@@ -224,6 +226,8 @@ def encode(args: argparse.Namespace) -> None:
         raise ValueError(f"--output must end in .npy or .parquet, got {output}.")
     if not output.parent.is_dir():
         raise ValueError(f"There is no folder {output.parent} for {output}; make it first.")
+    if output.is_dir():
+        raise ValueError(f"--output must be a file, and {output} is a folder.")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("A .parquet output needs pyarrow: pip install pyarrow, or write .npy.")
     readers = {
@@ -234,36 +238,73 @@ def encode(args: argparse.Namespace) -> None:
     if not any(text.strip() for text in texts):
         raise ValueError(f"No texts in {args.input}: it is empty.")
 
-    vectors = load_model(args).encode(
-        texts,
-        instruction=args.instruction,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        normalize_embeddings=args.normalize,
-        truncate_dim=args.truncate_dim,
-    )  # (texts, dim)
-    write_vectors(output, texts, vectors)
+    with new_file(output) as file:
+        model = load_model(args)
+        vectors = model.encode(
+            texts,
+            instruction=args.instruction,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            normalize_embeddings=args.normalize,
+            truncate_dim=args.truncate_dim,
+            truncation="silent",
+        )  # (texts, dim)
+        with naming(output):
+            write_vectors(file, output.suffix, texts, vectors)
+    tell_truncated(model, len(texts), args.max_length)
     print(f"Wrote {vectors.shape[0]} vectors of {vectors.shape[1]} numbers to {output}")
 
 
-def write_vectors(output: Path, texts: list[str], vectors) -> None:
-    """Writes .npy, the vectors alone, or .parquet with the columns `text` and `embedding`, beside the output first."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+def tell_truncated(model, total: int, max_length: int | None) -> None:
+    """One line on standard error when texts were read only in part."""
+    from tokenization_utils import describe_cut
+
+    if model.truncated:
+        told = describe_cut(model.truncated, total, model.processor.limits(max_length))
+        print(f"embed.py: {told}", file=sys.stderr)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and why."""
     try:
-        with open(temporary, "wb") as file:
-            if output.suffix == ".npy":
-                import numpy as np
+        yield
+    except OSError as error:
+        raise ValueError(f"Cannot write {path}: {error.strerror or error}.") from error
 
-                np.save(file, vectors)
-            else:
-                import pyarrow as pa
-                import pyarrow.parquet as pq
 
-                embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-                pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "embedding": embedding}), file)
-        os.replace(temporary, output)
+@contextmanager
+def new_file(output: Path) -> Iterator[BinaryIO]:
+    """A file to write; it takes the place of `output` if all goes well, and is removed otherwise."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    with naming(output):
+        file = open(temporary, "wb")
+    try:
+        yield file
+        with naming(output):
+            file.close()
+            os.replace(temporary, output)
     finally:
+        with suppress(OSError):  # of a full disk, which is told already
+            file.close()
         temporary.unlink(missing_ok=True)
+
+
+def write_vectors(file: BinaryIO, suffix: str, texts: list[str], vectors) -> None:
+    """Writes .npy, the vectors alone, or .parquet with the columns `text` and `embedding`."""
+    if suffix == ".npy":
+        import numpy as np
+
+        header = np.lib.format.header_data_from_array_1_0(vectors)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(vectors.data)  # np.save writes past Python, and cannot say why the disk took no more
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "embedding": embedding}), file)
+    file.flush()
 
 
 def positive(value: str) -> int:
@@ -305,10 +346,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, or 2 after a mistake of the user's, told in one line."""
+    """
+    Runs a command; the exit code is 0, or 2 after a mistake of the user's, told in one line, 130 after Ctrl-C, and 141 when
+    the reader of the output has gone, such as `head`.
+    """
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to flush it at exit
+        return 141
+    except KeyboardInterrupt:
+        print("embed.py: interrupted", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:  # what this repository and transformers raise for users
         print(f"embed.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

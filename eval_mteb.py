@@ -292,6 +292,7 @@ def run_task(task, encoder: MTEBEncoder, output: Path, cache, overwrite: bool = 
         if examples["count"] < examples["of"]:
             log(f"{task.name}, {side}: only {examples['count']} of {examples['of']} examples leave room for the text")
     encoder.lengths.clear()
+    encoder.truncated.clear()
     task.reseed()
     evaluated = mteb.evaluate(
         encoder,
@@ -302,14 +303,16 @@ def run_task(task, encoder: MTEBEncoder, output: Path, cache, overwrite: bool = 
         overwrite_strategy="always" if overwrite else "only-missing",
         show_progress_bar=False,
     )
-    lengths = encoder.lengths
+    lengths, counts = encoder.lengths, encoder.truncated
+    truncated = {key: counts[key] for key in ("texts", "decoder", "encoder", "of") if counts}
     record |= {
         "finished": True,
         "seconds": evaluated[0].evaluation_time,
-        "resumed": started,  # then the next three are of the rest
+        "resumed": started,  # then the next four are of the rest
         "texts": len(lengths),
         "mean_characters": sum(lengths) / max(1, len(lengths)),
         "max_characters": max(lengths, default=0),
+        "truncated": truncated or None,  # of different texts; not known of other models
         **encoder.settings,
         **environment(encoder),
     }

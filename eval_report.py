@@ -188,9 +188,19 @@ def _summary_markdown(run: Run, settings: Mapping, means: Mapping[str, Mean]) ->
     if noisy := noise_table(run):
         rows = [[row["task"], number(row["clean"]), number(row["noisy"]), number(-row["drop"], True)] for row in noisy]
         parts += ["## With noise in every input", markdown_table(["Task", "clean", "noisy", "change"], rows)]
+    if cut := [told for task, record in run.records.items() if (told := _truncated(task, record))]:
+        parts.append("Texts longer than the model reads: " + "; ".join(cut) + ".")
     if any(record["data"].startswith("local-") for record in run.records.values()):
         parts.append("Data marked local come from a folder and may differ from the Hub's.")
     return "\n\n".join(parts) + "\n"
+
+
+def _truncated(task: str, record: Mapping) -> str | None:
+    counts = record.get("truncated") or {}  # older records have none
+    if not counts.get("texts"):
+        return None
+    towers = ", ".join(f"{counts[tower]} by the {tower}" for tower in ("decoder", "encoder") if counts.get(tower))
+    return f"{task} {counts['texts']} of {counts['of']} (cut {towers})"
 
 
 def _task_table(run: Run, scores: Mapping[str, float]) -> str:

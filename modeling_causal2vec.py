@@ -11,44 +11,73 @@ configuration; the methods that the paper compares with are in baselines.py, as 
 """
 
 import json
+import math
+import os
 import shutil
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file, is_accelerate_available, is_gguf_available, logging
+from transformers.utils import cached_file, has_file, is_accelerate_available, is_gguf_available, logging
 
 
 if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, look_both_ways, plan_rows
-    from .saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from .packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from .prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
+    from .saving_utils import (
+        holds_weights,
+        new_files,
+        push_to_hub,
+        refresh_hashes,
+        resolve_base,
+        write_plain_card,
+        write_sentence_transformers_files,
+    )
     from .tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
         check_texts,
+        count_cut,
+        describe_cut,
         format_examples,
         load_tokenizers,
     )
-except ImportError:  # imported from a clone, where these files are top-level modules
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-    from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, look_both_ways, plan_rows
-    from saving_utils import new_files, refresh_hashes, write_plain_card, write_sentence_transformers_files
+    from packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
+    from saving_utils import (
+        holds_weights,
+        new_files,
+        push_to_hub,
+        refresh_hashes,
+        resolve_base,
+        write_plain_card,
+        write_sentence_transformers_files,
+    )
     from tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
         check_texts,
+        count_cut,
+        describe_cut,
         format_examples,
         load_tokenizers,
     )
@@ -103,6 +132,42 @@ class Causal2VecProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (..., hidden_size)
 
 
+class EvalMode(ForkSafeLock):
+    """
+    `with eval_mode(model):` keeps a model in eval mode as long as any thread is inside. The last one to leave restores
+    what was in training, which a frozen encoder may not have been.
+    """
+
+    def __init__(self):
+        self._threads, self._training = 0, []
+        super().__init__()
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel):
+        with self:
+            training = [module for module in model.prefix_cache.scan(model).modules if module.training]
+            if training:
+                self._training += training
+                model.eval()
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self:
+                self._threads -= 1
+                if self._threads == 0:
+                    self._restore()
+
+    def renew(self) -> None:
+        super().renew()
+        self._threads = 0
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._training:
+            self._training.pop().training = True
+
+
 class Causal2VecPreTrainedModel(PreTrainedModel):
     config_class = Causal2VecConfig
     config: Causal2VecConfig
@@ -145,20 +210,26 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 f"{config.baseline!r}. Load its folder with AutoModel."
             )
         self.add_encoder(encoder)
-        self.decoder = AutoModel.from_config(config.decoder_config) if decoder is None else decoder
+        if decoder is None:
+            decoder = AutoModel.from_config(config.decoder_config, dtype=dtype_of(config))
+        self.decoder = decoder
         config.decoder_config = self.decoder.config
         if config.bidirectional:
             look_both_ways(self.decoder)
         self._processor: Causal2VecProcessor | None = None
         self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
         self.prefix_cache = PrefixCache()
+        self.truncated = Counter()  # see `encode`
+        self._eval_mode, self._counting = EvalMode(), ForkSafeLock()
         self.post_init()
 
     def add_encoder(self, encoder: PreTrainedModel | None) -> None:
         """Adds the encoder, newly initialised unless it is given, and the projector."""
         config = self.config
-        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
-        self.projector = Causal2VecProjector(config)
+        if encoder is None:
+            encoder = AutoModel.from_config(config.encoder_config, dtype=dtype_of(config))
+        self.encoder = encoder
+        self.projector = Causal2VecProjector(config).to(dtype_of(config))
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # never used; its parameters would never get a gradient
         config.encoder_config = self.encoder.config
@@ -188,7 +259,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if self.projector.queries is None:
             return self.project(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
-        device = self.projector.linear_1.weight.device
+        device = device_of(self.projector)
         states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
         return self.projector(self.projector.queries(states, mask))  # (batch, tokens, hidden_size)
 
@@ -201,7 +272,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         """
         if self.projector is None or self.projector.queries is not None:
             raise ValueError("An `encoder_embedding` is projected by models with one Contextual token; this is none.")
-        return self.projector(encoder_embedding.to(self.projector.linear_1.weight.device))
+        return self.projector(encoder_embedding.to(device_of(self.projector)))
 
     def get_encoder_embedding(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`."""
@@ -372,6 +443,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         (default: on a CPU without gradients, where it was measured to pay) neither tower reads much padding: the decoder
         reads rows joined into one, the encoder reads rows of like length together.
         """
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            warn_of_slow_dtype(self.decoder)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if encoder_attention_mask is None and encoder_ids is not None:
@@ -389,10 +462,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         parts, order = [], []
         for rows, inputs in plan_rows(self, input_ids, attention_mask, packed):
             if contextual_token is not None:
-                inputs["contextual_token"] = contextual_token[rows]
+                inputs["contextual_token"] = contextual_token[rows.to(contextual_token.device)]
             elif self.encoder is not None:
-                inputs["encoder_ids"] = encoder_ids[rows]
-                inputs["encoder_attention_mask"] = encoder_attention_mask[rows]
+                inputs["encoder_ids"] = encoder_ids[rows.to(encoder_ids.device)]
+                inputs["encoder_attention_mask"] = encoder_attention_mask[rows.to(encoder_attention_mask.device)]
             parts.append(self(**inputs, **kwargs).embeddings)  # (rows, embedding_size)
             order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, embedding_size)
@@ -428,11 +501,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         max_length: int | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
+        truncation: str = "warn",
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
     ):
         """
-        Embeds texts.
+        Embeds texts. Any number of threads may do so at a time, also with a model in training mode.
 
         Args:
             texts (`str` or list of `str`): What to embed.
@@ -448,6 +522,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 cosine.
             truncate_dim (`int`, *optional*): Keep the first `truncate_dim` numbers, half of them from each of the two
                 states that an embedding joins.
+            truncation (`str`, defaults to `"warn"`): Texts longer than a tower reads are cut. `"warn"` says how many were,
+                `"silent"` does not, `"error"` refuses them before anything is embedded. `model.truncated` counts them.
             convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
             show_progress_bar (`bool`, *optional*): Defaults to a bar on a terminal when it takes more than 5 seconds.
 
@@ -465,13 +541,18 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
             raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
+        if truncation not in ("warn", "error", "silent"):
+            raise ValueError(f"`truncation` must be 'warn', 'error' or 'silent', got {truncation!r}.")
         dim = self.config.embedding_size if truncate_dim is None else truncate_dim
         check_truncate_dim(dim, self.config.embedding_size)
-        limit = position_limit(self.decoder)
-        if isinstance(max_length, int) and limit is not None and max_length > limit:
+        if isinstance(max_length, int) and max_length > (limit := position_limit(self.decoder) or max_length):
             raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
         format_examples(examples, None)  # refuses what is no list of examples for all texts
-        processor, device = self.processor, self.get_input_embeddings().weight.device
+        processor, device = self.processor, device_of(self.get_input_embeddings())
+
+        if truncation == "error":
+            cut = processor.towers_cut(texts, instructions, examples, max_length)
+            processor.refuse_cut(cut, processor.limits(max_length, examples))
 
         batches = sorted_batches(
             processor,
@@ -481,11 +562,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length,
             batch_size,
             max_batch_tokens,
-            count_heads=not self.prefix_cache.enabled,
+            count_heads=not self.prefix_cache.enabled or self.prefix_cache.scan(self).is_offloaded(),
         )
-        embeddings = torch.empty(len(texts), dim)
-        training = [module for module in self.modules() if module.training]  # a frozen encoder may be in eval mode
-        self.eval()
+        embeddings, truncated = torch.empty(len(texts), dim), Counter()
         progress = logging.tqdm(
             total=len(texts),
             desc="Encoding",
@@ -493,22 +572,28 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             delay=0 if show_progress_bar else 5,
             disable=None if show_progress_bar is None else not show_progress_bar,
         )
-        try:
-            for rows, batch in batches:
+        with progress, self._eval_mode(self):
+            for rows, batch, cut in batches:
                 with torch.inference_mode():
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
                     vectors = self.embed(**batch, packed=packed)[:, :dim].float()  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()
+                truncated += count_cut(cut)
                 progress.update(len(rows))
-        finally:
-            progress.close()
-            for module in training:
-                module.training = True
+        if truncated:
+            self.add_truncated(truncated)
+            if truncation == "warn":
+                logger.warning(describe_cut(truncated, len(texts), processor.limits(max_length, examples)))
 
         embeddings = embeddings[0] if single else embeddings
         return embeddings if convert_to_tensor else embeddings.numpy()
+
+    def add_truncated(self, counts: Counter) -> None:
+        """Adds what `count_cut` has counted to `truncated`."""
+        with self._counting:
+            self.truncated.update(counts)
 
     def encode_query(
         self, texts: str | Sequence[str], *, instruction: str | Sequence[str | None] | None = None, **kwargs
@@ -525,13 +610,14 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As everywhere in transformers; also loads both tokenizers when the folder has them. Of a folder that holds an
-        adapter alone, it loads the model that the adapter names and puts the adapter on it, which needs PEFT. A folder
-        with one of the baselines gives a model of its class.
+        As everywhere in transformers; also loads both tokenizers when the folder has them. A folder with one of the
+        baselines gives a model of its class. If there is only a PEFT adapter, its base is loaded and the adapter attached;
+        a relative base is looked for beside the adapter first. Weights of the folder's own are always the ones loaded;
+        an adapter beside them is attached if it names this folder as its base.
 
         Raises:
-            ValueError: the weights or the adapter's lack tensors of this model, hold others or are damaged, or the folder is
-                not one of Causal2Vec's.
+            ValueError: the weights or the adapter's lack tensors of this model, hold others or are damaged, the adapter names no
+                base, or the folder is not one of Causal2Vec's.
         """
         attention = kwargs.get("attn_implementation")
         if isinstance(attention, dict) and not set(attention) <= {"", *cls.config_class.sub_configs}:
@@ -539,56 +625,81 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 f"`attn_implementation` per tower has the keys {sorted(cls.config_class.sub_configs)}, got "
                 f"{sorted(attention)}."
             )
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
-        base = _base_of_adapter(pretrained_model_name_or_path, hub_kwargs)
-        if base is not None:
-            of_adapter = ("config", "revision", "subfolder", "adapter_kwargs")
-            of_base = {name: value for name, value in kwargs.items() if name not in of_adapter}
-            model, info = cls.from_pretrained(base, *model_args, output_loading_info=True, **of_base)
-            adapter = model.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub_kwargs)
-            if missing := sorted(adapter.missing_keys):
+        source = pretrained_model_name_or_path
+        adapter_kwargs = {**_only_hub(kwargs), **(kwargs.pop("adapter_kwargs", None) or {})}
+        adapter_name = kwargs.pop("adapter_name", "default")
+        # AutoModel may have gone on from an adapter to its base; then it says where it started.
+        adapter = adapter_kwargs.pop("_adapter_model_path", source)
+        found = _find_adapter(adapter, adapter_kwargs)
+        if found is None:
+            return cls._load(source, *model_args, output_loading_info=output_loading_info, **kwargs)
+
+        base, attach = found
+        if base != adapter != source:
+            base = source
+        if base != source:  # whose revision is not the base's
+            not_its_own = ("revision", "subfolder", "_commit_hash")
+            kwargs = {name: value for name, value in kwargs.items() if name not in not_its_own}
+        if base == adapter != source:
+            kwargs = {**kwargs, **adapter_kwargs, "config": None}
+        try:
+            model, info = cls._load(base, *model_args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if base == adapter:
+                raise
+            raise OSError(f"The adapter {adapter} needs its base {base}, which cannot be loaded: {error}") from error
+        if attach:
+            loaded = model.load_adapter(str(adapter), adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
+            if missing := sorted(loaded.missing_keys):
                 raise ValueError(
-                    f"The adapter {pretrained_model_name_or_path} left {len(missing)} weights unset, such as {missing[:5]}: "
-                    "its file is of another model, or transformers is 5.17, which skips modules trained in full; get 5.18."
+                    f"The adapter {adapter} left {len(missing)} weights unset, such as {missing[:5]}: its file is of "
+                    "another model, or transformers is 5.17, which skips modules trained in full; get 5.18."
                 )
-            return (model, info) if output_loading_info else model
+            if Path(base).is_dir():  # or its relative path would be taken from wherever the adapter is saved next
+                model.peft_config[adapter_name].base_model_name_or_path = str(Path(base).resolve())
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, source, *model_args, output_loading_info: bool = False, **kwargs):
+        """`from_pretrained` without adapters: a folder's own weights, or those of a `state_dict`."""
+        hub_kwargs = _only_hub(kwargs)
         config = kwargs.get("config")
-        if config is not None:
+        if isinstance(config, PreTrainedConfig):
             baseline = config.baseline
-        elif pretrained_model_name_or_path is not None:
-            baseline = cls._checked_config_dict(pretrained_model_name_or_path, hub_kwargs).get("baseline")
+        elif source is not None or config is not None:
+            baseline = cls._checked_config_dict(source if config is None else config, hub_kwargs).get("baseline")
         else:
             baseline = cls.baseline
         if baseline != cls.baseline and (of_folder := _model_class(baseline)) is not None:
             # AutoModel, too, takes the class of one folder for another whose code is the same.
-            return of_folder.from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=output_loading_info, **kwargs
-            )
+            return of_folder._load(source, *model_args, output_loading_info=output_loading_info, **kwargs)
+        _check_weight_files(source, hub_kwargs)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                source,
+                *model_args,
+                output_loading_info=True,
+                adapter_kwargs={"subfolder": "none"},  # or transformers would attach an adapter by itself
+                **kwargs,
             )
         except Exception as error:
             if type(error).__name__ != "SafetensorError":  # its package is none of ours to import
                 raise
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} are damaged or cut off: {error}. Get the files again."
+                f"The weights of {source} are damaged or cut off: {error}. Get the files again."
             ) from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
                 keys = sorted(info[kind])
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} does not hold this model's weights: {len(keys)} "
-                    f"{kind.replace('_', ' ')}, such as {keys[:5]}. Was the folder saved by Causal2Vec?"
+                    f"{source} does not hold this model's weights: {len(keys)} {kind.replace('_', ' ')}, such as "
+                    f"{keys[:5]}. Was the folder saved by Causal2Vec?"
                 )
-        _check_finite(model, pretrained_model_name_or_path)
-        if pretrained_model_name_or_path is not None:
+        _check_finite(model, source)
+        if source is not None:
             try:
                 tokenizers = load_tokenizers(
-                    str(pretrained_model_name_or_path),
-                    model.config.encoder_config,
-                    model.config.decoder_config,
-                    **hub_kwargs,
+                    str(source), model.config.encoder_config, model.config.decoder_config, **hub_kwargs
                 )
             except OSError as error:
                 logger.warning("No tokenizers beside the weights, so `encode` will not work: %s", error)
@@ -596,9 +707,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 _check_tokenizers(model, *tokenizers)
                 model.processor = cls.processor_class.from_config(model.config, *tokenizers)
             try:
-                model._instructions_file = Path(
-                    cached_file(pretrained_model_name_or_path, "instructions.json", **hub_kwargs)
-                )
+                model._instructions_file = Path(cached_file(source, "instructions.json", **hub_kwargs))
             except OSError:
                 logger.info("No instructions.json beside the weights.")
         return (model, info) if output_loading_info else model
@@ -613,20 +722,41 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         what = "no config.json" if found is None else f"the model_type {found!r}"
         raise ValueError(f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?")
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
         """
         As everywhere in transformers; also saves both tokenizers, the code, what sentence-transformers reads, the
         instructions and, where there is none, a model card. The new files stand beside the old ones until all are
-        written, so saving into the folder that the model or its code came from is fine.
+        written, so saving into the folder that the model or its code came from is fine. Of a model with a PEFT adapter,
+        the adapter alone is saved.
+
+        Raises:
+            ValueError: `save_directory` is a file, or an adapter would be ignored there, beside another model's weights.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {target}.")
-        if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
-            return super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("distributed_checkpoint") or not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        is_adapter, has_weights = getattr(self, "_hf_peft_config_loaded", False), holds_weights(target)
         with new_files(target) as temporary:
-            super().save_pretrained(temporary, **kwargs)
+            super().save_pretrained(temporary, state_dict=state_dict and dict(state_dict), **kwargs)  # which empties it
+            if is_adapter:
+                base = _name_base(temporary / "adapter_config.json", target)
+                if has_weights and base != ".":
+                    raise ValueError(
+                        f"{target} holds the weights of another model than the adapter's base, {base!r}, and would load as "
+                        "that model. Save the adapter into a folder of its own."
+                    )
+                if not has_weights:
+                    self.config.save_pretrained(temporary)  # so that AutoModel finds the code here
             if self._processor is not None:
                 self.processor_class.from_config(
                     self.config, self._processor.tokenizer, self._processor.encoder_tokenizer
@@ -638,13 +768,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 write_plain_card(temporary, self.config)
         refresh_hashes(target)
         if push_to_hub:
-            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), **hub_kwargs)
+            self.push_to_hub(hub_kwargs.pop("repo_id", target.name), state_dict=state_dict, **hub_kwargs, **kwargs)
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `push_to_hub` has put transformers' template over our card, unless the repository has a card of its own.
-        if "[More Information Needed]" in Path(working_dir, "README.md").read_text(encoding="utf-8"):
-            write_plain_card(working_dir, self.config)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    push_to_hub = push_to_hub
 
     @classmethod
     def from_encoder_decoder_pretrained(
@@ -715,8 +841,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if config.has_encoder and encoder is None:
             raise ValueError(f"{cls.__name__} needs an `encoder`, got None.")
         model = cls(config, encoder=encoder_model, decoder=decoder_model)
-        if model.projector is not None:
-            model.projector.to(decoder_model.dtype)
         model.processor = cls.processor_class.from_config(config, tokenizer, encoder_tokenizer)
         return model.eval()
 
@@ -730,19 +854,78 @@ def _model_class(baseline: str | None) -> type["Causal2VecModel"] | None:
     try:
         from .baselines import MODELS
     except ImportError:
+        if __package__:
+            raise
         from baselines import MODELS
     return MODELS.get(baseline)
 
 
-def _base_of_adapter(source, hub_kwargs: dict) -> str | None:
-    """The folder or Hub id of the model that an adapter was made for; `None` for what is no adapter."""
+def _find_adapter(source, hub_kwargs: dict) -> tuple[str, bool] | None:
+    """
+    For a folder or Hub id with an adapter_config.json: which model to load, and whether to attach the adapter to it. The
+    model is `source` itself if it has weights of its own, and then the adapter is ignored unless `source` is its base.
+    """
     if source is None:
         return None
     try:
         file = cached_file(source, "adapter_config.json", **hub_kwargs)
     except OSError:
         return None
-    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    named = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    folder = Path(source, hub_kwargs.get("subfolder", ""))
+    base = resolve_base(named, folder)
+    if any(_has(source, name, hub_kwargs) for name in ("model.safetensors", "model.safetensors.index.json")):
+        attach = base is not None and _is_same(base, folder)
+        if not attach:
+            logger.warning("%s has weights; the adapter beside them, which was made for %r, is ignored.", source, named)
+        return source, attach
+    if base is None:
+        raise ValueError(
+            f"The adapter {source} does not say which model it was made for: `base_model_name_or_path` in its "
+            f"adapter_config.json is {named!r}. Write the base's folder or Hub id there."
+        )
+    return base, True
+
+
+def _is_same(base: str, folder: Path) -> bool:
+    """Whether an adapter's base is the folder or Hub id that the adapter lies in."""
+    if folder.is_dir() and Path(base).is_dir():
+        return os.path.samefile(base, folder)
+    return base == str(folder)
+
+
+def _name_base(config: Path, folder: Path) -> str | None:
+    """Makes a local base in adapter_config.json relative to the folder that the adapter goes to; returns the base."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    base = values["base_model_name_or_path"]
+    if base and Path(base).is_dir():
+        base = values["base_model_name_or_path"] = Path(
+            os.path.relpath(Path(base).resolve(), folder.resolve())
+        ).as_posix()
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+    return base
+
+
+def _has(source, name: str, hub_kwargs: dict) -> bool:
+    """Whether a folder or Hub id has a file."""
+    known = ("revision", "token", "cache_dir", "local_files_only")
+    path = f"{hub_kwargs.get('subfolder', '')}/{name}".strip("/")
+    return has_file(source, path, **{key: value for key, value in hub_kwargs.items() if key in known})
+
+
+def _check_weight_files(source, hub_kwargs: dict) -> None:
+    """Refuses weights in one file beside the index of others: transformers would take the one, however old."""
+    if source is None:
+        return
+    try:
+        cached_file(source, "model.safetensors.index.json", **hub_kwargs)
+    except OSError:
+        return
+    if _has(source, "model.safetensors", hub_kwargs):
+        raise ValueError(
+            f"{source} holds model.safetensors and the shards of model.safetensors.index.json, and does not say which are "
+            "the weights. Remove the old ones."
+        )
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
@@ -770,6 +953,10 @@ def _check_tokenizers(model: "Causal2VecModel", tokenizer, encoder_tokenizer) ->
             f"`contextual_token_id` is {slot}, but that is no added token of the decoder's tokenizer, which has "
             f"{len(tokenizer)}: it belongs to another model. Put the right tokenizer files beside the weights."
         )
+
+
+def _only_hub(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name in _HUB_KWARGS and value is not None}
 
 
 def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrainedModel:
@@ -803,8 +990,7 @@ def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrain
 def load_backbone_tokenizer(folder_or_id: str, config, **kwargs):
     """`AutoTokenizer.from_pretrained` with those of a backbone's `kwargs` that it knows. `config` is the backbone's."""
     gguf = {name: value for name, value in kwargs.items() if name == "gguf_file" and value is not None}
-    hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KWARGS}
-    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **hub_kwargs, **gguf)
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **_only_hub(kwargs), **gguf)
     for name in ("bos_token", "eos_token", "pad_token") if gguf else ():
         # transformers 5.17 reads them wrongly: EOS would be BOS
         if isinstance(token_id := getattr(config, f"{name}_id", None), int):
@@ -816,6 +1002,12 @@ def check_gguf_available() -> None:
     """Raises ImportError unless transformers can read GGUF files here."""
     if not (is_gguf_available() and is_accelerate_available()):
         raise ImportError("Reading a GGUF file takes two more packages: pip install gguf accelerate")
+
+
+def dtype_of(config: Causal2VecConfig) -> torch.dtype:
+    """The one dtype of a new model, whatever the backbones' own configurations say."""
+    dtype = config.dtype or torch.get_default_dtype()
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def find_prompt_template(chat_template: str | None) -> tuple[str, str]:
@@ -834,20 +1026,47 @@ def position_limit(backbone: PreTrainedModel) -> int | None:
     return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
 
 
+@cache
+def half_precision_cost(dtype: torch.dtype) -> float:
+    """How many times as long a matrix product takes on this CPU as in float32: measured once, in some milliseconds."""
+    seconds = dict.fromkeys((torch.float32, dtype), math.inf)
+    with torch.autocast("cpu", enabled=False):
+        for _ in range(4):
+            for kind in seconds:
+                matrix = torch.ones(256, 256, dtype=kind, device="cpu")
+                start = time.perf_counter()
+                matrix @ matrix
+                seconds[kind] = min(seconds[kind], time.perf_counter() - start)
+    return seconds[dtype] / seconds[torch.float32]
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16 at least as fast as in float32. Without instructions for it, far slower."""
+    return half_precision_cost(torch.bfloat16) <= 1
+
+
+def warn_of_slow_dtype(model: PreTrainedModel) -> None:
+    """Says once what a model on the CPU would gain by float32, where it computes in a slower half precision."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
+    if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > 1:
+        logger.warning_once(
+            f"{dtype} is slow on this processor: a matrix product took {half_precision_cost(dtype):.1f} times as long as "
+            'in float32. Load the model with dtype="float32", and without autocast.'
+        )
+
+
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mean of `(batch, seq_len, hidden_size)` over the positions that a mask `(batch, seq_len)` keeps."""
-    mask = mask.to(states).unsqueeze(-1)  # (batch, seq_len, 1)
-    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # (batch, hidden_size)
+    mask = mask.to(states.device).unsqueeze(-1)  # (batch, seq_len, 1)
+    # Half precision has not even all counts: bfloat16 none between 256 and 258.
+    total = (states * mask).sum(1, dtype=torch.promote_types(states.dtype, torch.float32))  # (batch, hidden_size)
+    count = mask.sum(1, dtype=torch.long).clamp(min=1)  # (batch, 1)
+    return (total / count).to(states.dtype)  # (batch, hidden_size)
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:
     """The last position of each row that a mask `(batch, seq_len)` keeps: `(batch,)`."""
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

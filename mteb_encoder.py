@@ -13,11 +13,14 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from saving_utils import holds_weights, resolve_base
 
 
 ROOT = Path(__file__).resolve().parent
@@ -140,8 +143,10 @@ class Causal2VecBackend:
         self.model, self.max_length, self.normalize = model, max_length, normalize
         self.dim = model.config.embedding_size
         self.max_tokens = max_length or model.config.max_seq_length
+        self.encoded = 0
 
     def encode(self, texts: list[str], instruction: str | None, examples: list[dict] | None, batch_size: int, side):
+        self.encoded += len(texts)
         return self.model.encode(
             texts,
             instruction=instruction,
@@ -149,7 +154,20 @@ class Causal2VecBackend:
             batch_size=batch_size,
             max_length=self.max_length,
             normalize_embeddings=self.normalize,
+            truncation="silent",
         )
+
+    @property
+    def truncated(self) -> Counter:
+        """How many texts were read only in part (`"texts"`; by either tower), of how many encoded so far (`"of"`)."""
+        return Counter(self.model.truncated, of=self.encoded)
+
+    def count_truncated(self, texts: list[str], instruction: str | None, examples: list[dict] | None) -> Counter:
+        """The same of other texts, which need no vectors."""
+        from tokenization_utils import count_cut
+
+        cut = self.model.processor.towers_cut(texts, instruction, examples, self.max_length)
+        return count_cut(cut) + Counter(of=len(texts))
 
     def rows(self, texts: list[str], instruction: str | None, examples: list[dict] | None):
         """What the model reads."""
@@ -179,6 +197,13 @@ class SentenceTransformerBackend:
         encode = {"query": self.model.encode_query, "document": self.model.encode_document}.get(side, self.model.encode)
         progress = sys.stderr.isatty() and len(texts) > 1000
         return encode(texts, prompt=instruction, batch_size=batch_size, show_progress_bar=progress)
+
+    @property
+    def truncated(self) -> Counter:
+        return Counter()  # sentence-transformers does not say
+
+    def count_truncated(self, texts: list[str], instruction: str | None, examples: None) -> Counter:
+        return Counter()
 
     def fit(self, instruction: str | None, examples: None) -> None:
         return None
@@ -223,7 +248,9 @@ class MTEBEncoder:
     batch_size: int = 32
     cache_dir: Path | None = None
     noise: Noise | None = None
-    lengths: list[int] = field(default_factory=list)  # characters of the texts since someone last cleared it
+    # Of the texts since someone last cleared these: their characters, and how many different ones were read only in part.
+    lengths: list[int] = field(default_factory=list)
+    truncated: Counter = field(default_factory=Counter)
 
     def encode(
         self, inputs, *, task_metadata, hf_split=None, hf_subset=None, prompt_type=None, **kwargs
@@ -252,14 +279,17 @@ class MTEBEncoder:
                     log(f"{task_metadata.name}, {side or 'text'}: {i + 1} of {len(chunks)} chunks of {size} texts")
         except Exception as error:
             failure = error  # the other processes wait in `gather`
-        vectors = gather(mine)
+        done = gather(mine)
         if failure is not None:
             raise failure
-        if len(vectors) < len(chunks):
+        if len(done) < len(chunks):
             raise RuntimeError("Another process could not embed its share of the texts; its own error says why.")
         if not chunks:
             return np.zeros((0, self.backend.dim), dtype=np.float32)
-        return np.concatenate([vectors[i] for i in range(len(chunks))])
+        vectors, counts = zip(*(done[i] for i in range(len(chunks))))
+        for count in counts:
+            self.truncated.update(count)
+        return np.concatenate(vectors)
 
     def head(self, task_metadata, side: str | None) -> tuple[str | None, list[dict] | None]:
         """Instruction and examples that stand before the texts of one side of a task."""
@@ -267,6 +297,7 @@ class MTEBEncoder:
         return instruction, self.backend.fit(instruction, self.examples_for(task_metadata, instruction))
 
     def _embed_chunk(self, texts: list[str], instruction: str | None, examples: list[dict] | None, side: str | None):
+        """Vectors of texts, and the count of those read only in part."""
         import numpy as np
 
         cache, known = None, {}
@@ -276,20 +307,23 @@ class MTEBEncoder:
             cache = VectorCache(self.cache_dir / f"{key}.sqlite")
             known = cache.read(texts)
         missing = [text for text in dict.fromkeys(texts) if text not in known]
+        counts = self.backend.count_truncated(list(known), instruction, examples)
         if missing:
+            before = self.backend.truncated
             vectors = self.backend.encode(missing, instruction, examples, self.batch_size, side)
             vectors = np.asarray(vectors, dtype=np.float32)
             if not np.isfinite(vectors).all():
                 raise ValueError(f"The model gave vectors that are not finite, in dtype {self.settings['dtype']}.")
+            counts += self.backend.truncated - before
             known.update(zip(missing, vectors))
             if cache is not None:
                 cache.write(missing, vectors)
-        return np.stack([known[text] for text in texts])
+        return np.stack([known[text] for text in texts]), counts
 
     def with_noise(self, noise: Noise) -> "MTEBEncoder":
         """The same model with noise in its inputs; its results are kept apart."""
         meta = self.mteb_model_meta.model_copy(update={"experiment_kwargs": {"noise": noise.digest}})
-        return replace(self, noise=noise, mteb_model_meta=meta, lengths=[])
+        return replace(self, noise=noise, mteb_model_meta=meta, lengths=[], truncated=Counter())
 
     def similarity(self, embeddings1, embeddings2):
         """Cosines of all pairs, in fp32, on the model's device: `(n, dim)` and `(m, dim)` -> `(n, m)`."""
@@ -443,7 +477,8 @@ def package_model(package: str) -> Path:
 
 def folder_identity(folder: Path, is_causal2vec: bool) -> str:
     """
-    A hash of what determines a local model's vectors: weights, configurations, tokenizers and, for ours, the code.
+    A hash of what determines a local model's vectors: weights, configurations, tokenizers, a local base that an adapter is
+    of and, for ours, the code.
 
     Two different checkpoints never have the same one. Comments, docstrings and files of other kinds have no part in it.
     """
@@ -460,6 +495,11 @@ def folder_identity(folder: Path, is_causal2vec: bool) -> str:
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not holds_weights(folder):
+        base = resolve_base(read_json(adapter).get("base_model_name_or_path"), folder)
+        if base and holds_weights(base):
+            digest.update(folder_identity(Path(base), is_causal2vec).encode())
     if is_causal2vec:
         digest.update(code_identity().encode())
     return digest.hexdigest()[:40]

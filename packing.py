@@ -8,7 +8,9 @@ which, and no row sees another. On GPUs in half precision the variable-length ke
 
 import inspect
 import itertools
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +34,41 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 PACKED_ATTENTION = f"causal2vec_packed_{__name__.replace('.', '_')}"  # each folder's code has its own
-_SWITCHING = threading.Lock()  # a decoder's attention is chosen by its configuration, which threads share
+_LOCKS: weakref.WeakSet["ForkSafeLock"] = weakref.WeakSet()
+
+
+class ForkSafeLock:
+    """
+    A lock that is free in a forked child, where the thread that held it does not live on. Copies, and what is unpickled,
+    are new.
+    """
+
+    def __init__(self):
+        self.renew()
+        _LOCKS.add(self)
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def _renew_locks() -> None:
+    for lock in list(_LOCKS):
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_renew_locks)
+
+_SWITCHING = ForkSafeLock()  # a decoder's attention is chosen by its configuration, which threads share
 
 WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time
 
@@ -46,13 +82,13 @@ def sorted_batches(
     batch_size: int = 32,
     max_tokens: int | None = None,
     count_heads: bool = True,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[tuple[str, ...]]]]:
     """
     Cuts texts into batches of at most `batch_size` rows and `max_tokens` decoder tokens, padding included (but of one row
     at least); without `count_heads`, what stands before the slot is left out of that.
 
     Returns:
-        Pairs of the texts' positions and the four tensors that the model reads.
+        The texts' positions, the four tensors that the model reads, and per text the towers that read only its beginning.
     """
     # Texts of a common instruction stay together, as they share their head; the rest is sorted by length alone.
     counts = Counter(instructions)
@@ -60,7 +96,7 @@ def sorted_batches(
     order = sorted(range(len(texts)), key=lambda i: (groups.get(instructions[i], -1), -len(texts[i])))
     for start in range(0, len(order), WINDOW * batch_size):
         window = order[start : start + WINDOW * batch_size]
-        tensors = processor(
+        tensors, cut_texts = processor.tokenize(
             [texts[i] for i in window], [instructions[i] for i in window], examples=examples, max_length=max_length
         )
         counted = tensors["attention_mask"]  # (texts, seq_len)
@@ -74,7 +110,7 @@ def sorted_batches(
             for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
                 if ids in tensors:
                     batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
-            yield [window[place] for place in places], batch
+            yield [window[place] for place in places], batch, [cut_texts[place] for place in places]
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
@@ -127,19 +163,19 @@ class Packing:
     head: object | None = None
     windows: list[int | None] = field(default_factory=list)
     layers_done: list[int] = field(default_factory=list)
-    layouts: dict[int, "VarlenLayout"] = field(default_factory=dict)
+    layouts: dict[tuple, "VarlenLayout"] = field(default_factory=dict)
 
     def varlen_layout(self, kept: int, device: torch.device) -> "VarlenLayout":
         """Where rows begin and end for the variable-length kernel, each with `kept` keys of the head before its own."""
-        if kept not in self.layouts:
+        if (kept, device) not in self.layouts:
             ends = list(itertools.accumulate(self.lengths, initial=0))
             keys = [[*range(kept), *range(kept + start, kept + end)] for start, end in itertools.pairwise(ends)]
-            self.layouts[kept] = VarlenLayout(
+            self.layouts[kept, device] = VarlenLayout(
                 torch.tensor(ends, dtype=torch.int32, device=device),
                 torch.tensor([end + kept * row for row, end in enumerate(ends)], dtype=torch.int32, device=device),
                 torch.tensor([key for row in keys for key in row], device=device),
             )
-        return self.layouts[kept]
+        return self.layouts[kept, device]
 
 
 @dataclass

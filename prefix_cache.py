@@ -7,10 +7,10 @@ kept outlives a change of the decoder's weights, adapters, dtype, device or atte
 """
 
 import inspect
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -20,9 +20,12 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION, Packing
-except ImportError:  # imported from a clone, where these files are top-level modules
-    from packing import PACKED_ATTENTION, Packing
+    from .packing import PACKED_ATTENTION, ForkSafeLock, Packing
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
+    from packing import PACKED_ATTENTION, ForkSafeLock, Packing
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +68,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int | None = 256 * 2**20, max_entries: int | None = 64, min_tokens: int = 4):
         self.max_bytes, self.max_entries, self.min_tokens = max_bytes, max_entries, min_tokens
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self.clear()
 
     @property
@@ -83,17 +86,17 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets all heads. Needed by hand only after writing through `.data` into a few single weights."""
         with self._lock:
-            self._scan: DecoderScan | None = None
+            self._scan: ModuleScan | None = None
             self._heads: OrderedDict[tuple[int, ...], SharedHead] = OrderedDict()
             self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
             self._fingerprint = None
             self.hits = self.misses = 0
 
-    def scan(self, decoder: PreTrainedModel) -> "DecoderScan":
-        """The [`DecoderScan`] of a decoder, made anew only when its modules are others than before."""
+    def scan(self, model: PreTrainedModel) -> "ModuleScan":
+        """The [`ModuleScan`] of the model that this cache belongs to, made anew when its modules are others than before."""
         scan = self._scan
-        if scan is None or not scan.is_current(decoder):
-            scan = self._scan = DecoderScan(decoder)
+        if scan is None or not scan.is_current(model):
+            scan = self._scan = ModuleScan(model)
         return scan
 
     def get(self, head_ids: tuple[int, ...], fingerprint: tuple) -> SharedHead | None:
@@ -201,7 +204,7 @@ def compute_head(decoder: PreTrainedModel, head_ids: Sequence[int]) -> SharedHea
         What it leaves, or `None` from a decoder whose state is more than keys and values.
     """
     embeddings = decoder.get_input_embeddings()
-    ids = torch.tensor([head_ids], device=embeddings.weight.device)  # (1, head_len)
+    ids = torch.tensor([head_ids], device=device_of(embeddings))  # (1, head_len)
     cache = DynamicCache(config=decoder.config)
     decoder(inputs_embeds=embeddings(ids), past_key_values=cache, use_cache=True)
     layers = []
@@ -216,25 +219,31 @@ def compute_head(decoder: PreTrainedModel, head_ids: Sequence[int]) -> SharedHea
     return SharedHead(len(head_ids), tuple(layers)) if layers else None
 
 
-class DecoderScan:
+class ModuleScan:
     """
-    What every forward pass asks of a decoder's modules. They are listed once, since a walk over the modules of 30 layers
-    takes milliseconds; `is_current` tells in microseconds whether one was added, replaced or removed since.
+    What every forward pass asks of a model's modules, most of it of its decoder's. They are listed once, since a walk over
+    the modules of 30 layers takes milliseconds; `is_current` tells in microseconds whether one was added, replaced or
+    removed since.
     """
 
-    def __init__(self, decoder: PreTrainedModel):
-        modules = list(decoder.modules())
-        self.decoder = decoder
-        self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.decoder = model, model.decoder
+        self.modules = list(model.modules())
+        self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules if m._modules]
+        modules = list(model.decoder.modules())
         self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
         self.attentions = [module for module in modules if hasattr(module, "is_causal")]
         self.checkpointed = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
         self.adapted = [module for module in modules if hasattr(module, "merged_adapters")]
 
-    def is_current(self, decoder: PreTrainedModel) -> bool:
-        """Whether this is a list of the modules that the decoder has now."""
-        return decoder is self.decoder and all(tuple(now.values()) == then for now, then in self.children)
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """Whether this is a list of the modules that the model has now."""
+        return model is self.model and all(tuple(now.values()) == then for now, then in self.children)
+
+    def is_offloaded(self) -> bool:
+        """Whether weights come from elsewhere for each forward pass, so that nothing here shows when they change."""
+        return any(tensor.is_meta for group in self.tensors for tensor in group.values() if tensor is not None)
 
     def is_causal(self) -> bool:
         """Whether every attention looks back only, so that padding on the right can change nothing."""
@@ -355,7 +364,7 @@ def plan_rows(
     """
     input_ids, attention_mask = pad_right(input_ids, attention_mask)
     slots = model.find_slots(input_ids).int().argmax(-1)  # (batch,)
-    scan = model.prefix_cache.scan(model.decoder)
+    scan = model.prefix_cache.scan(model)
     is_causal = scan.is_causal()
     heads = find_heads(model, scan, split_heads(input_ids, slots))
     plan = []
@@ -380,11 +389,11 @@ def plan_rows(
     return plan
 
 
-def find_heads(model, scan: DecoderScan, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead | None]:
+def find_heads(model, scan: ModuleScan, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead | None]:
     """Each row's head, from the model's cache or newly computed where that pays; `None` for rows to be read in one piece."""
     cache, decoder = model.prefix_cache, model.decoder
     counts = {ids: rows for ids, rows in Counter(heads_ids).items() if len(ids) >= cache.min_tokens}
-    if not cache.enabled or not counts:
+    if not cache.enabled or not counts or scan.is_offloaded():
         return [None] * len(heads_ids)
     keep = not (decoder.training or torch.is_grad_enabled())
     if not keep and scan.trains_with_state():
@@ -406,6 +415,19 @@ def find_heads(model, scan: DecoderScan, heads_ids: Sequence[tuple[int, ...]]) -
             cache.put(head_ids, state, head)
         found[head_ids] = head
     return [found.get(head_ids) for head_ids in heads_ids]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """
+    Where a module computes: where accelerate's hooks bring what it reads, or else where its first tensor is, or else the
+    CPU. Weights that are offloaded or quantised do not say it.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):  # several are kept in one
+            if getattr(single, "execution_device", None) is not None:
+                return torch.device(single.execution_device)
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def behind_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, slots: torch.Tensor):

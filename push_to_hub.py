@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
-from saving_utils import SHIPPED_CODE, code_hashes
+from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".npz", ".pyc")
@@ -82,7 +82,8 @@ def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]
     if broken:  # what is left reads them
         yield from broken
         return
-    is_adapter = Path("adapter_config.json") in files and Path("model.safetensors") not in files
+    has_adapter = Path("adapter_config.json") in files
+    is_adapter = has_adapter and not any(is_weights(file.as_posix()) for file in files)
     required = REQUIRED_OF_ADAPTER if is_adapter else REQUIRED
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if Path("config.json") in files else {}
     if config.get("baseline") is not None and config.get("encoder_config") is None:
@@ -102,9 +103,19 @@ def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]
             yield from safetensors_problems(folder, file)
         if file.suffix != ".safetensors" and file.name not in VOCABULARIES:
             yield from path_problems(folder, file)
-    if not is_adapter:
+    if is_adapter:
+        try:
+            check_adapter_base(folder)
+        except ValueError as error:
+            yield str(error)
+    else:
         yield from weights_problems(folder, files)
         yield from auto_map_problems(folder, files)
+    if has_adapter and not is_adapter:
+        yield (
+            "adapter_config.json: an adapter beside weights is passed over or preferred, depending on who loads the folder. "
+            "Push the merged model, or the adapter in a folder of its own."
+        )
     if Path("README.md") in files:
         yield from card_problems(folder, is_adapter)
 
@@ -135,15 +146,19 @@ def safetensors_problems(folder: Path, file: Path) -> Iterator[str]:
 
 
 def weights_problems(folder: Path, files: list[Path]) -> Iterator[str]:
-    """Whether there are weights: one file, or an index and all shards that it names."""
-    index = Path("model.safetensors.index.json")
-    if index in files:
-        shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(shard for shard in shards if Path(shard) not in files)
-        if absent:
-            yield f"{index} names {', '.join(absent)}, which is not there. Save the model again."
-    elif Path("model.safetensors") not in files:
-        yield "missing: model.safetensors, or its shards with model.safetensors.index.json."
+    """Whether there are weights, and no others beside them: one file, or an index and the shards that it names."""
+    index, single = Path("model.safetensors.index.json"), Path("model.safetensors")
+    if index not in files:
+        if single not in files:
+            yield f"missing: {single}, or its shards with {index}."
+        return
+    shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    absent = sorted(shard for shard in shards if Path(shard) not in files)
+    if absent:
+        yield f"{index} names {', '.join(absent)}, which is not there. Save the model again."
+    others = {file.as_posix() for file in files if is_weights(file.as_posix())} - shards - {index.as_posix()}
+    if others:
+        yield f"{index} does not name {', '.join(sorted(others))}, which is there too. Remove the weights that are old."
 
 
 def auto_map_problems(folder: Path, files: list[Path]) -> Iterator[str]:
@@ -187,7 +202,7 @@ def card_problems(folder: Path, is_adapter: bool) -> Iterator[str]:
     for key, example in (
         ("license", "apache-2.0"),
         ("base_model", "intfloat/e5-base-v2"),
-        ("library_name", "transformers"),
+        ("library_name", "sentence-transformers"),
     ):
         if not data.get(key):
             yield f"README.md: the front matter has no `{key}`, such as {example}."
@@ -272,7 +287,7 @@ def push(folder: Path, files: list[Path], args: argparse.Namespace) -> str:
         revision=args.revision,
         commit_message=args.message,
         allow_patterns=[escape(file.as_posix()) for file in files],
-        delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+        delete_patterns=list(REPLACED),
     )
     return commit.commit_url
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,18 +28,22 @@ SHIPPED_CODE = (
     "tokenization_utils.py",
 )
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What new weights replace, as the Hub's patterns.
+REPLACED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", *ADAPTER_FILES)
+
 # sentence-transformers' list of modules: ours alone, in the root of the folder. It pools and normalises itself.
 _ST_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_causal2vec.Causal2VecSTModule"}]
 
+# Not `feature-extraction`: the Hub would offer transformers' pipeline of that name, which reads one tokenizer alone.
+PIPELINE_TAG, LIBRARY = "sentence-similarity", "sentence-transformers"
+TAGS = ("causal2vec", "transformers", "sentence-transformers", "text-embeddings", "custom_code")
+
 _CARD = """---
-library_name: transformers
-pipeline_tag: feature-extraction
+library_name: {library}
+pipeline_tag: {pipeline_tag}
 tags:
-- causal2vec
-- sentence-transformers
-- text-embeddings
-- sentence-similarity
-- custom_code
+{tags}
 {base_model}---
 
 # {name}
@@ -82,6 +87,81 @@ commit that you have read: `from_pretrained(id, revision="<40-digit commit>", tr
 def is_hub_id(name: str | None) -> bool:
     """Whether a name is an id on the Hub, `owner/name`, and not a folder."""
     return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def resolve_base(base: str | None, adapter: str | Path) -> str | None:
+    """The model that an adapter was made for: a folder, relative to the adapter's own or not, or a Hub id."""
+    if not base:
+        return None
+    beside = Path(adapter, base)
+    return str(beside) if beside.is_dir() else base
+
+
+def check_adapter_base(folder: str | Path) -> None:
+    """Raises ValueError for a folder with an adapter that others could not load: its base must be on the Hub."""
+    config = Path(folder, "adapter_config.json")
+    if config.is_file():
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not is_hub_id(base):
+            raise ValueError(
+                f"adapter_config.json names the base {base!r}, which nobody else has. Push the base first and write its id "
+                "`owner/name` there as `base_model_name_or_path`, or push the merged model."
+            )
+
+
+def push_to_hub(
+    self,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | str | None = None,
+    **kwargs,
+):
+    """
+    A method of the model, its configuration and its processor, as everywhere in transformers: pushes in one commit what
+    `save_pretrained(folder, **kwargs)` writes. Weights that it replaces go with that commit; a card of the repository's
+    own stays but for its hashes, and transformers' template of one is never written.
+
+    Raises:
+        ValueError: the model is an adapter, and its base is not on the Hub.
+    """
+    from huggingface_hub import HfApi, ModelCard  # slow to import, and of no use to most who import this file
+    from huggingface_hub.errors import EntryNotFoundError
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, **kwargs)
+        check_adapter_base(folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = Path(folder, "README.md")
+        try:
+            theirs = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+        except EntryNotFoundError:
+            theirs = None
+        if theirs is not None and "[More Information Needed]" not in theirs:
+            card.write_text(theirs, encoding="utf-8")
+            refresh_hashes(folder)
+        tags = [*(getattr(self, "model_tags", None) or ()), *([tags] if isinstance(tags, str) else tags or ())]
+        if tags and card.is_file():
+            content = ModelCard.load(card)
+            content.data.tags = list(dict.fromkeys([*(content.data.tags or ()), *tags]))
+            content.save(card)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            commit_description=commit_description,
+            create_pr=create_pr,
+            delete_patterns=list(REPLACED) if holds_weights(folder) else None,
+        )
 
 
 def write_sentence_transformers_files(folder: str | Path, config) -> None:
@@ -134,6 +214,9 @@ def write_plain_card(folder: str | Path, config) -> None:
     encoder = config.encoder_config and f"an encoder of type `{config.encoder_config.model_type}`"
     decoder = f"a decoder of type `{config.decoder_config.model_type}`"
     text = _CARD.format(
+        library=LIBRARY,
+        pipeline_tag=PIPELINE_TAG,
+        tags="\n".join(f"- {tag}" for tag in TAGS),
         name=config.name_or_path.rsplit("/", 1)[-1] if is_hub_id(config.name_or_path) else "Causal2Vec",
         base_model="".join(["base_model:\n", *(f"- {base}\n" for base in dict.fromkeys(bases))]) if bases else "",
         **card_sections(folder, config, encoder, decoder),
@@ -197,29 +280,51 @@ def new_files(target: str | Path) -> Iterator[Path]:
 
 def move_into(source: Path, target: Path) -> None:
     """
-    Moves a complete new folder's files into an existing one and removes weights that it replaces. config.json goes first
-    and comes last. Files that are the same stay untouched; others of the target are kept.
+    Moves a complete new folder's files into an existing one, and takes out the weights and adapters that new weights
+    replace. An error puts the old files back; config.json goes first and comes last, so that what a power cut leaves does
+    not load. Files that are the same stay untouched; others of the target are kept.
     """
+    config = Path("config.json")
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    files.sort(key=lambda file: file == Path("config.json"))  # stable: config.json last
-    changed = [file for file in files if not _same_content(source / file, target / file)]
-    has_weights = any(_is_weights(file.name) for file in files)
-    stale = [
-        path for path in target.iterdir() if has_weights and _is_weights(path.name) and Path(path.name) not in files
-    ]
-    if not changed and not stale:
+    new = [file for file in files if not _same_content(source / file, target / file)]
+    stale = []
+    if holds_weights(source):
+        there = [Path(path.name) for path in target.iterdir() if is_weights(path.name) or path.name in ADAPTER_FILES]
+        stale = [file for file in there if file not in files]
+    if not new and not stale:
         return
-    if Path("config.json") in files:
-        (target / "config.json").unlink(missing_ok=True)
-        changed = [*(file for file in changed if file != Path("config.json")), Path("config.json")]
-    for path in stale:
-        path.unlink()
-    for file in changed:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / file, target / file)
+    if config in files:
+        new = [*(file for file in new if file != config), config]
+    old, taken, placed = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target)), [], []
+    try:
+        for file in reversed([*stale, *new]):
+            if (target / file).is_file():
+                _move(target / file, old / file)
+                taken.append(file)
+        for file in new:
+            _move(source / file, target / file)
+            placed.append(file)
+    except BaseException:
+        for file in placed:
+            (target / file).unlink()
+        for file in reversed(taken):
+            _move(old / file, target / file)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_weights(name: str) -> bool:
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+def holds_weights(folder: str | Path) -> bool:
+    """Whether a folder holds (a part of) a model's own weights, and not only an adapter's."""
+    return Path(folder).is_dir() and any(is_weights(path.name) for path in Path(folder).iterdir())
+
+
+def is_weights(name: str) -> bool:
     """Whether transformers takes a file of this name for (a part of) the model."""
     return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", name) is not None
 

@@ -9,10 +9,12 @@ feature but `input_ids` has a name that ends in `_input_ids` (sentence-transform
 sentence). This is the only shipped file that imports sentence_transformers, and nothing imports this file.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 
 try:
@@ -22,10 +24,16 @@ except ImportError as error:
 
 try:
     from .modeling_causal2vec import Causal2VecModel, position_limit
-    from .tokenization_utils import Causal2VecProcessor
-except ImportError:  # imported from a clone, where these files are top-level modules
+    from .tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
     from modeling_causal2vec import Causal2VecModel, position_limit
-    from tokenization_utils import Causal2VecProcessor
+    from tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
+
+
+logger = logging.get_logger(__name__)
 
 
 class Causal2VecSTModule(InputModule):
@@ -46,8 +54,19 @@ class Causal2VecSTModule(InputModule):
         self.normalize = normalize
 
     def preprocess(self, inputs, prompt: str | None = None, examples=None, **kwargs) -> dict[str, torch.Tensor]:
-        """The four tensors of a batch of texts; `prompt` is the instruction."""
-        return dict(self.model.processor(inputs, instruction=prompt or None, examples=examples))
+        """The four tensors of a batch of texts; `prompt` is the instruction. Says once that texts are cut."""
+        tensors, cut = self.model.processor.tokenize(inputs, instruction=prompt or None, examples=examples)
+        counts = count_cut(cut)
+        if counts and not self.truncated:
+            told = describe_cut(counts, len(cut), self.model.processor.limits(examples=examples))
+            logger.warning(f"{told} `model[0].truncated` goes on counting.")
+        self.model.add_truncated(counts)
+        return dict(tensors)
+
+    @property
+    def truncated(self) -> Counter:
+        """How many texts were read only in part, by either tower (`"texts"`), the `"decoder"` and the `"encoder"`."""
+        return self.model.truncated
 
     def forward(self, features: dict, **kwargs) -> dict:
         """Adds `sentence_embedding` of shape `(batch, embedding_size)`, in float32."""

@@ -6,13 +6,17 @@ The encoder reads the text alone. The decoder reads
 
 with no second BOS or EOS where the template has its own, and where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
 *ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
-the slot stands exactly once, nothing in a text or an instruction is read as a control token, and all rows of a task are
-the same up to the slot. Of the paper's ablations, several Contextual tokens have as many slots next to each other, and
-before the instruction means `[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
+the slot stands exactly once, nothing in a text or an instruction is read as a control token, all rows of a task are the
+same up to the slot, and a long text, of which only the beginning is tokenized, has the ids of the whole. Of the paper's
+ablations, several Contextual tokens have as many slots next to each other, and before the instruction means
+`[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
@@ -20,9 +24,12 @@ from transformers.utils import cached_file, logging
 
 
 try:
-    from .saving_utils import new_files
-except ImportError:  # imported from a clone, where these files are top-level modules
-    from saving_utils import new_files
+    from .saving_utils import new_files, push_to_hub
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
+    from saving_utils import new_files, push_to_hub
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +87,7 @@ class Causal2VecProcessor(ProcessorMixin):
         self._tail_ids = self._encode_trusted(prompt_tail)
         if self._tail_ids[-1:] == [tokenizer.eos_token_id]:
             self._tail_ids.pop()
+        self._encoder_frame = ([], []) if encoder_tokenizer is None else ids_around(encoder_tokenizer)
         slot_as_text = self._encode_plain(tokenizer, [tokenizer.decode([contextual_token_id])])[0]
         taken_ids = {
             "EOS": [tokenizer.eos_token_id],
@@ -109,6 +117,7 @@ class Causal2VecProcessor(ProcessorMixin):
         examples: Sequence[dict] | Sequence[Sequence[dict]] | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        truncation: bool = True,
     ) -> BatchFeature:
         """
         Args:
@@ -120,6 +129,7 @@ class Causal2VecProcessor(ProcessorMixin):
             max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
                 examples to `icl_max_seq_length`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
+            truncation (`bool`, defaults to `True`): Cut texts that are too long; `False` refuses them.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
@@ -127,12 +137,26 @@ class Causal2VecProcessor(ProcessorMixin):
 
         Raises:
             TypeError: something that should be a string is not, or `max_length` is no integer.
-            ValueError: as many instructions as texts were expected, or the head leaves no room for text.
+            ValueError: as many instructions as texts were expected, the head leaves no room for text, or a text is too
+                long and may not be cut.
         """
+        batch, cut = self.tokenize(texts, instruction, examples, max_length, return_tensors)
+        if not truncation:
+            self.refuse_cut(cut, self.limits(max_length, examples))
+        return batch
+
+    def tokenize(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | Sequence[str | None] | None = None,
+        examples: Sequence[dict] | Sequence[Sequence[dict]] | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> tuple[BatchFeature, list[tuple[str, ...]]]:
+        """As `__call__`; also names, for each text, the towers that read only its beginning: `"decoder"`, `"encoder"`."""
         texts = [texts] if isinstance(texts, str) else check_texts(texts)
         instructions = broadcast_instruction(instruction, len(texts))
-        if max_length is None:
-            max_length = self.icl_max_seq_length if examples else self.max_seq_length
+        max_length = self.limits(max_length, examples)["decoder"]
         if not isinstance(max_length, int) or isinstance(max_length, bool):
             raise TypeError(f"`max_length` must be an integer, got {type(max_length).__name__}: {max_length!r}.")
 
@@ -143,22 +167,62 @@ class Causal2VecProcessor(ProcessorMixin):
         else:
             shared = {instruction: self._encode_parts(instruction, examples) for instruction in set(instructions)}
             heads = [shared[instruction] for instruction in instructions]
-        text_ids = self._encode_plain(self.tokenizer, texts)
-        rows = [self._build_row(*head, ids, max_length) for head, ids in zip(heads, text_ids)]
+        rooms = [self._room(*head, max_length) for head in heads]
+        texts = [_clean(text) for text in texts]
+        text_ids = first_ids(self.tokenizer, texts, max(rooms, default=0) + 1)
+        rows = [self._build_row(*head, ids[:room]) for head, ids, room in zip(heads, text_ids, rooms)]
         arrays = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
+        cut = [("decoder",) * (len(ids) > room) for ids, room in zip(text_ids, rooms)]
         if self.encoder_tokenizer is not None:
-            arrays += self._encode_for_encoder(texts)
-        return BatchFeature(dict(zip(self.model_input_names, arrays)), tensor_type=return_tensors)
+            before, behind = self._encoder_frame
+            room = self.encoder_max_seq_length - len(before) - len(behind)
+            text_ids = first_ids(self.encoder_tokenizer, texts, room + 1, self.text_prefix)
+            rows = [before + ids[:room] + behind for ids in text_ids]
+            pad_token_id = self.encoder_tokenizer.pad_token_id or 0
+            arrays += _pad(rows, pad_token_id, self.encoder_tokenizer.padding_side)
+            cut = [towers + ("encoder",) * (len(ids) > room) for towers, ids in zip(cut, text_ids)]
+        return BatchFeature(dict(zip(self.model_input_names, arrays)), tensor_type=return_tensors), cut
+
+    def limits(self, max_length: int | None = None, examples: Sequence | None = None) -> dict[str, int]:
+        """How many tokens a row of each tower has at most."""
+        if max_length is None:
+            max_length = self.icl_max_seq_length if examples else self.max_seq_length
+        return {"decoder": max_length, "encoder": self.encoder_max_seq_length}
+
+    def towers_cut(
+        self,
+        texts: Sequence[str],
+        instruction: str | Sequence[str | None] | None = None,
+        examples: Sequence[dict] | None = None,
+        max_length: int | None = None,
+    ) -> Iterator[tuple[str, ...]]:
+        """`tokenize`'s second result alone, of any number of texts."""
+        instructions = broadcast_instruction(instruction, len(texts))
+        for start in range(0, len(texts), CHUNK):
+            part = slice(start, start + CHUNK)
+            yield from self.tokenize(texts[part], instructions[part], examples, max_length, return_tensors=None)[1]
+
+    @staticmethod
+    def refuse_cut(cut: Iterable[tuple[str, ...]], limits: dict[str, int]) -> None:
+        """Raises ValueError that names the first text of which a tower reads only the beginning."""
+        for position, towers in enumerate(cut):
+            if towers:
+                raise ValueError(
+                    f"The text at position {position} is too long for the {towers[0]}, whose rows have at most "
+                    f"{limits[towers[0]]} tokens. Shorten or split it, or allow truncation."
+                )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As everywhere in transformers; also into the folder that this code was imported from."""
         if self.encoder_tokenizer is not None:
-            self.encoder_tokenizer("")  # or its file would hold the truncation of the last call
+            self.encoder_tokenizer("")  # or its file would hold the truncation of its user's last call
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with new_files(save_directory) as temporary:
             files = super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
         return [str(Path(save_directory, Path(file).relative_to(temporary))) for file in files]
+
+    push_to_hub = push_to_hub
 
     @property
     def model_input_names(self) -> list[str]:
@@ -193,42 +257,35 @@ class Causal2VecProcessor(ProcessorMixin):
             head_ids = self._encode_trusted(head)
         return self._bos_ids + head_ids, []
 
-    def _build_row(self, before: list[int], behind: list[int], text_ids: list[int], max_length: int) -> list[int]:
-        head = [*before, *[self.contextual_token_id] * self.num_slots, *behind]
-        tail = [*self._tail_ids, self.tokenizer.eos_token_id]
-        room = max_length - len(head) - len(tail)
+    def _room(self, before: list[int], behind: list[int], max_length: int) -> int:
+        """How many tokens of a text a row takes. Raises ValueError when there is no place for one."""
+        head, tail = len(before + behind), len(self._tail_ids)
+        room = max_length - head - tail - self.num_slots - 1
         if room < 1:
             raise ValueError(
                 f"max_length={max_length} leaves no room for text: the head (template, examples, instruction) has "
-                f"{len(before + behind)} tokens, the tail {len(self._tail_ids)}, the Contextual token and EOS "
-                f"{self.num_slots + 1}. Use at least max_length={max_length - room + 1}, or a shorter head."
+                f"{head} tokens, the tail {tail}, the Contextual token and EOS {self.num_slots + 1}. Use at least "
+                f"max_length={max_length - room + 1}, or a shorter head."
             )
-        return head + text_ids[:room] + tail
+        return room
 
-    def _encode_for_encoder(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        if not texts:
-            return [], []
-        encoded = self.encoder_tokenizer(
-            [self.text_prefix + _clean(text) for text in texts],
-            truncation=True,
-            max_length=self.encoder_max_seq_length,
-            split_special_tokens=True,
-        )
-        pad_token_id = self.encoder_tokenizer.pad_token_id or 0
-        return _pad(encoded["input_ids"], pad_token_id, self.encoder_tokenizer.padding_side)
+    def _build_row(self, before: list[int], behind: list[int], text_ids: list[int]) -> list[int]:
+        slots = [self.contextual_token_id] * self.num_slots
+        return [*before, *slots, *behind, *text_ids, *self._tail_ids, self.tokenizer.eos_token_id]
 
     @staticmethod
     def _encode_plain(tokenizer, texts: list[str]) -> list[list[int]]:
         """Ids of texts that come from users: what looks like a control token is encoded as the text it is."""
-        if not texts:
-            return []
-        texts = [_clean(text) for text in texts]
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return _plain(tokenizer, [_clean(text) for text in texts])["input_ids"] if texts else []
 
     def _encode_trusted(self, template: str) -> list[int]:
         """Ids of template text, whose control tokens count."""
         return self.tokenizer(template, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
+
+CHUNK = 1024  # texts that `towers_cut` tokenizes at a time
+CHARS_PER_TOKEN = 8  # of a long text; so many characters nearly always hold as many tokens as are read, or more
+UNSETTLED = 4  # last words of a text's beginning whose tokens may depend on what follows
 
 PROCESSOR_SETTINGS = (
     "contextual_token_id",
@@ -332,6 +389,90 @@ def broadcast_instruction(instruction: str | Sequence[str | None] | None, count:
     if len(instructions) != count:
         raise ValueError(f"Expected one instruction or {count}, one per text, got {len(instructions)}.")
     return instructions
+
+
+def first_ids(tokenizer, texts: Sequence[str], limit: int, prefix: str = "") -> list[list[int]]:
+    """
+    The first `limit` ids of each text with its prefix, or all where it has fewer. What looks like a control token is
+    encoded as the text it is.
+
+    Of a long text only the beginning is tokenized, up to white space and some words further than ids are kept. What
+    follows changes none of them, as tokenizers look no further for the end of a word. Where words do not end, the whole
+    text is tokenized.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:  # does not tell its words
+        return [ids[:limit] for ids in _plain(tokenizer, [prefix + text for text in texts])["input_ids"]]
+    size = limit * CHARS_PER_TOKEN
+    parts = [_beginning(text, size) for text in texts]
+    rows = []
+    for text, part, encoding in zip(texts, parts, _plain(tokenizer, [prefix + part for part in parts]).encodings):
+        longer = size
+        while len(part) < len(text) and not _is_settled(tokenizer, encoding, limit):
+            longer *= 4
+            part = _beginning(text, longer)
+            encoding = _plain(tokenizer, [prefix + part]).encodings[0]
+        rows.append(encoding.ids[:limit])
+    return rows
+
+
+def _plain(tokenizer, texts: Sequence[str]):
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
+def _beginning(text: str, size: int) -> str:
+    """The words of a text that end at white space within its first `size` characters; all of a shorter text."""
+    if len(text) <= size:
+        return text
+    return text[: max(0, *(text.rfind(space, 0, size) for space in " \n\t"))].rstrip()
+
+
+def _is_settled(tokenizer, encoding, count: int) -> bool:
+    """Whether an encoding's first tokens, `count` of them, stay what they are, whatever follows its text."""
+    words, tokens = encoding.word_ids, encoding.tokens
+    starts = [i for i in range(1, len(words)) if words[i] != words[i - 1]]
+    if not _leaves(starts, count):  # perhaps the whole text is one word, with ▁ for spaces, as for Llama 2 and Gemma
+        joined = _joined_to_spaces(tokenizer)
+        starts = [i for i in range(1, len(tokens)) if tokens[i].startswith("▁") and tokens[i - 1][-1:] not in joined]
+    return _leaves(starts, count)
+
+
+def _leaves(starts: list[int], count: int) -> bool:
+    """Whether at least `count` tokens stand before the last words, which may still change."""
+    return len(starts) >= UNSETTLED and starts[-UNSETTLED] >= count
+
+
+_JOINED: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _joined_to_spaces(tokenizer) -> set[str]:
+    """The characters that stand before a space within some token, so that a token may reach over the end of a word."""
+    if tokenizer not in _JOINED:
+        _JOINED[tokenizer] = {c for token in tokenizer.get_vocab() for c in re.findall("(?s).(?=▁)", token)}
+    return _JOINED[tokenizer]
+
+
+def ids_around(tokenizer) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text, such as [CLS] and [SEP]."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next(i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text)
+    return whole[:start], whole[start + len(text) :]
+
+
+def count_cut(cut: Iterable[tuple[str, ...]]) -> Counter:
+    """How many texts (`"texts"`) are read only in part, and how many by the `"decoder"` and by the `"encoder"`."""
+    counts = Counter()
+    for towers in cut:
+        counts.update(towers)
+        counts["texts"] += bool(towers)
+    return +counts  # empty where none is
+
+
+def describe_cut(counts: Counter, total: int, limits: dict[str, int]) -> str:
+    """A sentence on `counts` from `count_cut`."""
+    towers = " and ".join(f"{counts[name]} by the {name} (at {limits[name]} tokens)" for name in limits if counts[name])
+    return f"{counts['texts']} of {total} texts are read only in part: {towers}."
 
 
 def _clean(text: str) -> str:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval_report import write_json, write_text  # noqa: E402
-from modeling_causal2vec import Causal2VecModel  # noqa: E402
+from modeling_causal2vec import Causal2VecModel, has_fast_bfloat16  # noqa: E402
 from packing import cut, sorted_batches  # noqa: E402
 
 
@@ -197,7 +197,7 @@ class Methods:
         instructions = [self.instruction] * len(self.texts)
         batches = [
             {name: tensor.to(self.device) for name, tensor in batch.items()}
-            for _, batch in sorted_batches(self.processor, self.texts, instructions, examples, None, self.batch_size)
+            for _, batch, _ in sorted_batches(self.processor, self.texts, instructions, examples, None, self.batch_size)
         ]
 
         def run() -> torch.Tensor:
@@ -445,15 +445,16 @@ def bench_corpus(model, args) -> dict:
 
 def bench_precision(args) -> dict:
     """
-    `encode` in float32, in bfloat16, and compiled: throughput on short and on long texts, the least cosine to float32's
-    vectors, and with evaluation packs Spearman's correlation on STSBenchmark.
+    `encode` in float32, in bfloat16 (but not on a CPU that is slow in it), and compiled: throughput on short and on long
+    texts, the least cosine to float32's vectors, and with evaluation packs Spearman's correlation on STSBenchmark.
     """
     count = args.precision_texts
     texts = {
         "short texts": read_texts(args.data_dir, args.tasks[0])[:count],
         "long texts": read_texts(args.data_dir, *CORPORA[0])[: count // 4],
     }
-    models = {name: load(args, args.decoder_config, dtype) for name, dtype in PRECISIONS.items()}
+    slow = {"bfloat16"} if args.device == "cpu" and not has_fast_bfloat16() else set()
+    models = {name: load(args, args.decoder_config, dtype) for name, dtype in PRECISIONS.items() if dtype not in slow}
     for name, model in models.items():
         if name.endswith("compiled"):
             model.compile(dynamic=True)

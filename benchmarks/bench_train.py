@@ -145,7 +145,7 @@ def compare(args) -> dict:
     runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
     for repeat in range(args.repeats):
         for name in RUNNERS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--bf16" if args.bf16 else "--no-bf16"]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             runs[name].append(json.loads(output.strip().splitlines()[-1]))
             print(f"repeat {repeat + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
@@ -201,7 +201,8 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=128, help="decoder tokens per row")
     parser.add_argument("--steps", type=int, default=4, help="counted steps per measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each trainer")
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="float32 instead of bfloat16")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                        help="bfloat16 instead of float32; default: on a GPU, and on a CPU that is fast in it")  # fmt: skip
     parser.add_argument("--only", choices=list(RUNNERS), help=argparse.SUPPRESS)
     parser.add_argument("--redraw", action="store_true", help="draw again from the JSON, measure nothing")
     args = parser.parse_args()
@@ -212,6 +213,12 @@ def main() -> None:
     if args.redraw:
         result = json.loads(path.read_text())
     else:
+        if args.bf16 is None:
+            import torch
+
+            from modeling_causal2vec import has_fast_bfloat16
+
+            args.bf16 = torch.accelerator.is_available() or has_fast_bfloat16()
         result = compare(args)
         result["settings"]["model"] = Path(args.model).resolve().name
         write_json(path, result)

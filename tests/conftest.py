@@ -1,5 +1,6 @@
 """Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
 
+import copy
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -228,6 +230,15 @@ def tiny_model(make_model):
     return make_model(query_instruction="Given a question, retrieve passages that answer it")
 
 
+@pytest.fixture
+def other_model(tiny_model):
+    """The tiny model with other weights, and so other vectors."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.projector.linear_1.weight.mul_(-1)
+    return model
+
+
 @pytest.fixture(scope="session")
 def saved_dir(tiny_model, tmp_path_factory) -> Path:
     """The tiny model as a folder: weights, both tokenizers, code."""
@@ -270,17 +281,38 @@ def run_facts() -> dict:
     }
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model, in one file or in the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return {name: tensor for file in sorted(names) for name, tensor in load_file(folder / file).items()}
+
+
+def incomplete(folder: Path) -> list[str]:
+    """What a folder that has a config.json lacks of a checkpoint."""
+    from push_to_hub import weights_problems
+
+    files = [path.relative_to(folder) for path in folder.iterdir()]
+    needed = ("tokenizer.json", "tokenizer_config.json", "encoder_tokenizer/tokenizer.json", "processor_config.json")
+    missing = [f"missing: {name}" for name in needed if not (folder / name).is_file()]
+    return [*missing, *weights_problems(folder, files)]
+
+
 @pytest.fixture(scope="session")
 def bundled_dir() -> Path:
-    """The repository's root, if it is a checkpoint."""
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "encoder_tokenizer"):
-        if not (ROOT / name).exists():
-            pytest.skip(f"the repository holds no checkpoint: {name} is missing")
+    """The repository's root. A checkpoint that is there in part fails; only one that is not there at all skips."""
+    if not (ROOT / "config.json").exists():
+        pytest.skip("the repository holds no checkpoint: config.json is missing")
+    if found := incomplete(ROOT):
+        pytest.fail(f"the repository's checkpoint is incomplete: {'; '.join(found)}")
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def bundled_model(bundled_dir):
+    """The one copy that all tests share: nothing may change it."""
     from modeling_causal2vec import Causal2VecModel
 
     return Causal2VecModel.from_pretrained(bundled_dir)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,16 @@ def write_all_types(data_dir: Path) -> dict[str, str]:
 class Stub:
     """A model whose vectors say which process made them."""
 
-    dim = 2
+    dim, truncated = 2, Counter()
+
+    def count_truncated(self, texts, instruction, examples):
+        return Counter()
 
     def fit(self, instruction, examples):
         return None
 
     def encode(self, texts, instruction, examples, batch_size, side):
+        self.truncated = self.truncated + Counter(texts=len(texts))
         return np.array([[len(text), mteb_encoder.ranks()[0]] for text in texts], dtype=np.float32)
 
 
@@ -122,4 +127,5 @@ def embed_in_a_process(rank: int, rendezvous: str, results: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     encoder = mteb_encoder.MTEBEncoder(Stub(), None, {"dtype": "fp32"}, lambda metadata, side: None)
     np.save(f"{results}.{rank}.npy", encoder.embed(["a" * i for i in range(9)], None, None))
+    assert encoder.truncated["texts"] == 9  # as the stub has it, in either process
     torch.distributed.destroy_process_group()

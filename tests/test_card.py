@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from transformers.pipelines import get_supported_tasks
 
 import card
 from configuration_causal2vec import Causal2VecConfig
@@ -28,7 +29,7 @@ def made(folder, *flags) -> ModelCard:
 def test_what_the_card_says(folder):
     found = made(folder, "--name", "tester/tiny", "--license", "apache-2.0")
     data = found.data.to_dict()
-    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0" and data["library_name"] == "sentence-transformers"
     assert data["base_model"] == ["intfloat/e5-base-v2", "Qwen/Qwen3-0.6B"]
     assert data["datasets"] == ["sentence-transformers/all-nli"]
     config = Causal2VecConfig.from_pretrained(folder)
@@ -51,6 +52,14 @@ def test_what_the_card_says(folder):
     ):
         assert line in " ".join(found.text.split()), line
     assert re.search(r"`packing.py` \| `[0-9a-f]{64}`", found.text)
+
+
+def test_the_hub_offers_no_pipeline_of_transformers(folder, saved_dir):
+    """Those read one tokenizer alone: `feature-extraction` would load and then refuse every text."""
+    for found in (made(folder), ModelCard.load(saved_dir / "README.md")):
+        data = found.data.to_dict()
+        assert data["pipeline_tag"] == "sentence-similarity" and "sentence-transformers" in data["tags"]
+        assert not {data["pipeline_tag"], *data["tags"]} & set(get_supported_tasks())
 
 
 def test_names_that_are_folders(folder, run_facts):

@@ -1,6 +1,7 @@
 """The command line: passages, search, encode, and what users are told when something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -252,22 +253,39 @@ def test_dtype_reaches_the_model(tmp_path, model_dir, tiny_model):
     assert (vectors * expected).sum(-1) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("failing", ["numpy.save", "os.replace"])
-def test_a_failing_write_leaves_the_old_output(tmp_path, model_dir, monkeypatch, capsys, failing):
+def test_a_failing_write_leaves_the_old_output(tmp_path, model_dir, monkeypatch, capsys):
     path, output = write(tmp_path / "a.txt", "one\ntwo\n"), tmp_path / "a.npy"
     output.write_bytes(b"old")
-    calls = []
 
-    def fail(target, *args):
-        calls.append(target)
-        if failing == "numpy.save":
-            target.write(b"half of it")
-        raise OSError(28, "No space left on device")
+    def fail(*args):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(failing, fail)
+    monkeypatch.setattr("os.replace", fail)
     error = error_of(["encode", path, "-o", str(output), "--model", model_dir], capsys)
-    assert len(calls) == 1 and "No space left on device" in error
+    assert error == f"Cannot write {output}: Input/output error."
     assert output.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [output, tmp_path / "a.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_full_disk_is_told_with_the_file(tmp_path, model_dir, capsys, suffix):
+    pytest.importorskip("pyarrow")
+    path, output = write(tmp_path / "a.txt", "one\ntwo\n"), tmp_path / f"a.{suffix}"
+    output.write_bytes(b"old")
+    (tmp_path / f".a.{suffix}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    error = error_of(["encode", path, "-o", str(output), "--model", model_dir], capsys)
+    assert error == f"Cannot write {output}: No space left on device."
+    assert output.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [output, tmp_path / "a.txt"]
+
+
+def test_what_was_cut_is_told(tmp_path, model_dir, capsys):
+    path = write(tmp_path / "a.txt", "one\n" + "word " * 30 + "\nthree\n")
+    assert embed.main(["encode", path, "-o", str(tmp_path / "a.npy"), "--model", model_dir]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed.py: ")]
+    assert "1 of 3 texts" in line and "1 by the encoder (at 40 tokens)" in line and "decoder" not in line
+    assert embed.main(["search", "word " * 30, path, "--max_length", "60", "--model", model_dir]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed.py: ")]
+    assert "2 of 2 texts" in line and "2 by the decoder (at 60 tokens)" in line
 
 
 # What users are told
@@ -327,6 +345,11 @@ def test_bad_outputs(tmp_path, capsys, monkeypatch, loads):
     output = tmp_path / "gone" / "a.npy"
     expected = f"There is no folder {output.parent} for {output}; make it first."
     assert error_of(["encode", path, "-o", str(output)], capsys) == expected
+    (tmp_path / "folder.npy").mkdir()
+    expected = f"--output must be a file, and {tmp_path / 'folder.npy'} is a folder."
+    assert error_of(["encode", path, "-o", str(tmp_path / "folder.npy")], capsys) == expected
+    output = tmp_path / ("a" * 250 + ".npy")
+    assert error_of(["encode", path, "-o", str(output)], capsys) == f"Cannot write {output}: File name too long."
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     expected = "A .parquet output needs pyarrow: pip install pyarrow, or write .npy."
     assert error_of(["encode", path, "-o", str(tmp_path / "a.parquet")], capsys) == expected
@@ -371,6 +394,29 @@ def test_numbers_must_be_positive(option, value, capsys):
         embed.main(["search", "q", "a.txt", f"{option}={value}"])
     assert stop.value.code == 2
     assert f"argument {option}: must be a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [1, 50])
+def test_a_reader_that_has_gone_ends_it_in_silence(tmp_path, model_dir, monkeypatch, capsys, lines):
+    """As of `search ... | head -1`: told when the output is written, or flushed at the end."""
+    path = write(tmp_path / "a.txt", "\n\n".join(f"text {i} " * 50 for i in range(lines)))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, os.fdopen(writing, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        assert embed.main(["search", "text", path, "--top_k", "50", "--model", model_dir]) == 141
+    assert "rror" not in capsys.readouterr().err
+
+
+def test_an_interrupt_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, "load_model", interrupt)
+    output = tmp_path / "a.npy"
+    assert embed.main(["encode", write(tmp_path / "a.txt", "one"), "-o", str(output)]) == 130
+    assert capsys.readouterr().err == "embed.py: interrupted\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 
 def test_every_argument_has_help():

@@ -700,6 +700,23 @@ def test_vectors_can_be_kept_on_disk(checkpoint, data_dir, tmp_path, monkeypatch
     np.testing.assert_allclose(first, encoder.backend.model.encode(texts), atol=1e-5)
 
 
+def test_texts_that_are_cut_are_counted(checkpoint, data_dir, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    tasks, encoder = load(checkpoint, data_dir, output, "--max_length", "100", "--cache_dir", str(tmp_path / "vectors"))
+    metadata = next(task for task in tasks if task.name == "SciFact").leaves()[0].metadata
+    monkeypatch.setattr(mteb_encoder, "CHUNK", 3)
+    texts = ["hi", "z " * 39, "z " * 300, "z " * 300, "ho"]
+    for _ in range(2):  # the second time from the cache
+        encoder.truncated.clear()
+        encoder.embed(texts, metadata, "document")
+        assert encoder.truncated == {"texts": 3, "decoder": 2, "encoder": 3, "of": 5}
+    encoder.embed(texts[:2], metadata, "query")  # has less room, for its instruction
+    eval_mteb.run(tasks, [encoder], output)
+    for record in read_run(output).records.values():
+        assert set(record["truncated"]) == {"texts", "decoder", "encoder", "of"}
+        assert record["truncated"]["texts"] <= record["truncated"]["of"] <= record["texts"]
+
+
 def test_no_texts_give_no_vectors(checkpoint, data_dir, tmp_path):
     tasks, encoder = load(checkpoint, data_dir, tmp_path / "out")
     vectors = encoder.embed([], tasks[0].leaves()[0].metadata, "document")
@@ -797,7 +814,7 @@ def test_lengths_and_norms_are_what_they_say(checkpoint, tiny_model, data_dir, t
     assert lengths["SciFact"]["with_examples"] == pytest.approx(longer.sum(1).float().mean().item())
     assert lengths["SciFact"]["with_examples"] > lengths["SciFact"]["without_examples"] + 10
     vectors = tiny_model.encode(queries, instruction=instruction, normalize_embeddings=False)
-    contextual, eos = np.split(vectors, 2, axis=1)
+    contextual, eos = tiny_model.split_states(vectors)
     assert norms["SciFact"]["contextual"] == pytest.approx(np.linalg.norm(contextual, axis=1).mean(), rel=1e-5)
     assert norms["SciFact"]["eos"] == pytest.approx(np.linalg.norm(eos, axis=1).mean(), rel=1e-5)
     for name in ("lengths.png", "norms.png"):
@@ -880,13 +897,18 @@ def test_help_needs_nothing_heavy():
     """The modules that are slow to import are imported when they are needed."""
     import ast
 
-    for file in ("eval_mteb.py", "mteb_encoder.py", "eval_report.py"):
+    for file in ("eval_mteb.py", "mteb_encoder.py", "eval_report.py", "saving_utils.py"):
         for node in ast.parse((ROOT / file).read_text()).body:
             modules = (
                 [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
             )
             for module in modules:
-                assert module.partition(".")[0] in {*sys.stdlib_module_names, "eval_report", "mteb_encoder"}, (
+                assert module.partition(".")[0] in {
+                    *sys.stdlib_module_names,
+                    "eval_report",
+                    "mteb_encoder",
+                    "saving_utils",
+                }, (
                     file,
                     module,
                 )

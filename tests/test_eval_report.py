@@ -131,6 +131,17 @@ def test_summary_adds_up_and_keeps_other_tasks_apart(two_runs):
     assert "X-One" not in text.split("## Other tasks")[0]
 
 
+def test_summary_tells_of_texts_that_were_cut(two_runs):
+    a, _ = two_runs
+    counts = {"STS12": {"texts": 3, "decoder": 3, "encoder": 1, "of": 20}, "X-One": {"texts": 0, "decoder": 0, "of": 9}}
+    for task, truncated in counts.items():
+        file = a / "records" / f"{task}.json"
+        write_json(file, {**json.loads(file.read_text()), "truncated": truncated})
+    write_summary(a)
+    (line,) = [line for line in (a / "summary.md").read_text().splitlines() if "longer than the model reads" in line]
+    assert "STS12 3 of 20" in line and "3 by the decoder" in line and "1 by the encoder" in line and "X-" not in line
+
+
 def test_a_complete_benchmark_is_not_called_partial(tmp_path):
     folder = tmp_path / "whole"
     for task, category in load_paper()["tasks"].items():

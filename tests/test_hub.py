@@ -180,6 +180,53 @@ def test_a_card_in_the_repository_stays(client, hub, saved_dir):
     assert "model.safetensors" in hub.files("tester/card")
 
 
+def test_no_template_of_a_card_is_published(client, hub, saved_dir):
+    """Whatever transformers calls what it does between saving and uploading: nothing of that is used."""
+    code = """
+from transformers import AutoModel
+from transformers.utils import PushToHubMixin
+kept = PushToHubMixin._upload_modified_files
+del PushToHubMixin._upload_modified_files
+try:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.push_to_hub("tester/model", tags=["mine"])
+    model.config.push_to_hub("tester/config")
+    model.processor.push_to_hub("tester/processor", commit_message="hello")
+finally:
+    PushToHubMixin._upload_modified_files = kept
+"""
+    client.run(code, folder=str(saved_dir))
+    card = hub.files("tester/model")["README.md"].decode()
+    assert "More Information Needed" not in card and "- mine" in card and "- causal2vec" in card
+    assert "config.json" in hub.files("tester/config") and "README.md" not in hub.files("tester/config")
+    assert "encoder_tokenizer/tokenizer.json" in hub.files("tester/processor")
+    assert "README.md" not in hub.files("tester/processor")
+
+
+def test_new_weights_replace_the_old_ones(client, hub, saved_dir, complete_dir, tiny_model, tmp_path):
+    """A single file pushed before the shards would win over them, and an adapter over either."""
+    code = """
+from transformers import AutoModel
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model.projector.linear_1.weight.data.mul_(-1)
+model.push_to_hub("tester/sharded")
+HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id="tester/sharded")
+model.projector.linear_1.weight.data.mul_(-1)
+model.push_to_hub("tester/sharded", max_shard_size="60KB")
+"""
+    client.run("from huggingface_hub import HfApi" + code, folder=str(saved_dir))
+    names = [
+        name for name in hub.files("tester/sharded") if name.endswith((".safetensors", "index.json", "config.json"))
+    ]
+    assert len([name for name in names if name.startswith("model-")]) > 1
+    assert not {"model.safetensors", "adapter_config.json"} & set(names)
+    assert np.abs(pull(client, "tester/sharded", tmp_path / "cache") - expected(tiny_model)).max() < 1e-6
+    push_files(client, complete_dir, "tester/both")
+    push_files(client, saved_dir, "tester/both")  # as `upload_folder` leaves them
+    with pytest.raises(ClientError, match="does not say which are the weights"):
+        pull(client, "tester/both", tmp_path / "cache2")
+
+
 def test_save_with_push_to_hub_pushes_everything(client, hub, saved_dir, tiny_model, tmp_path):
     client.run(
         "from transformers import AutoModel\n"
@@ -191,6 +238,7 @@ def test_save_with_push_to_hub_pushes_everything(client, hub, saved_dir, tiny_mo
     assert hub.repos["tester/saved"].private
     assert (tmp_path / "target" / "modules.json").is_file()
     assert {"modules.json", "processor_config.json", *SHIPPED_CODE} <= set(hub.files("tester/saved"))
+    assert "model.safetensors" not in hub.files("tester/saved"), "not sharded"
     assert np.abs(pull(client, "tester/saved", tmp_path / "cache") - expected(tiny_model)).max() < 1e-6
 
 
@@ -222,6 +270,7 @@ def test_pinned_revision_is_what_is_loaded(client, hub, saved_dir, tiny_model, t
 def test_adapter_alone_can_be_pushed(client, hub, saved_dir, tmp_path):
     code = """
 import torch
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -242,13 +291,28 @@ again = pulled.encode_query(texts)
 merged = pulled.merge_and_unload()
 merged.save_pretrained(target)
 merged_again = AutoModel.from_pretrained(target, trust_remote_code=True).encode_query(texts)
+alone = AutoModel.from_pretrained("tester/adapter", trust_remote_code=True, cache_dir=cache)
+assert abs(alone.encode_query(texts) - again).max() < 1e-6
 value = [float(abs(trained - other).max()) for other in (before, again, merged_again)]
+
+# Beside weights, it is theirs only if it names them; and nobody else has the base of one that was made here.
+HfApi().upload_folder(repo_id="tester/adapter", folder_path=target)
+beside = AutoModel.from_pretrained("tester/adapter", trust_remote_code=True, cache_dir=cache)
+assert abs(beside.encode_query(texts) - merged_again).max() < 1e-6
+local = AutoModel.from_pretrained(folder, trust_remote_code=True)
+local.add_adapter(LoraConfig(r=2, target_modules=r"decoder\\..*q_proj"))
+try:
+    local.push_to_hub("tester/local")
+except ValueError as error:
+    assert "adapter_config.json names the base" in str(error) and "Push the base first" in str(error)
+else:
+    raise AssertionError("pushed")
 """
     folders = {"folder": str(saved_dir), "cache": str(tmp_path / "cache"), "target": str(tmp_path / "merged")}
     before, again, merged = client.run(code, texts=TEXTS, **folders)
     assert before > 1e-3 and again < 1e-6 and merged < 1e-5
     files = hub.files("tester/adapter")
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert "adapter_model.safetensors" in files and "tester/local" not in hub.repos
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tester/base"
     assert set(SHIPPED_CODE) <= {path.name for path in (tmp_path / "merged").iterdir()}
 
@@ -293,7 +357,7 @@ def test_interrupted_download_goes_on_where_it_stopped(client, hub, saved_dir, t
 
 
 def push_files(client, folder: Path, repo_id: str) -> None:
-    code = "from huggingface_hub import HfApi\nHfApi().create_repo(repo_id)\nHfApi().upload_folder(repo_id=repo_id, folder_path=folder)"
+    code = "from huggingface_hub import HfApi\nHfApi().create_repo(repo_id, exist_ok=True)\nHfApi().upload_folder(repo_id=repo_id, folder_path=folder)"
     client.run(code, folder=str(folder), repo_id=repo_id)
 
 
@@ -384,7 +448,8 @@ def test_the_repository_itself_can_be_pushed(bundled_dir, capsys):
     code, out, err = run_script(str(bundled_dir), "tester/x", "--dry_run", capsys=capsys)
     assert code == 0, err
     listed = {line.split()[-1]: int(line.split()[0].replace(",", "")) for line in out.splitlines()[:-1]}
-    assert listed["model.safetensors"] == (bundled_dir / "model.safetensors").stat().st_size
+    weights = {name: size for name, size in listed.items() if name.endswith(".safetensors")}
+    assert weights == {path.name: path.stat().st_size for path in bundled_dir.glob("*.safetensors")} != {}
     assert {"README.md", "train.py", "instructions.json", "recipes/mistral-7b.json", *SHIPPED_CODE} <= set(listed)
     assert not [name for name in listed if name.startswith((".", "runs/", "bases/")) or "cache__" in name]
 
@@ -443,6 +508,13 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         (folder / "training.json").write_text('{"steps": ')
     elif how == "shard":
         shard.unlink()
+    elif how == "both":
+        shutil.copy(shard, folder / "model.safetensors")
+    elif how in ("adapter", "base"):
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../base"}))
+        shutil.copy(shard, folder / "adapter_model.safetensors")
+        for path in folder.glob("model*.safetensors*") if how == "base" else ():
+            path.unlink()
     elif how == "code":
         (folder / "packing.py").unlink()
     elif how == "auto_map":
@@ -476,6 +548,9 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         ("header", "no safetensors header"),
         ("json", "training.json: not JSON (Expecting value"),
         ("shard", "model.safetensors.index.json names model-00001"),
+        ("both", "model.safetensors.index.json does not name model.safetensors"),
+        ("adapter", "an adapter beside weights"),
+        ("base", "adapter_config.json names the base '../base'"),
         ("code", "missing: packing.py"),
         ("auto_map", "auto_map gives 'someone/else--"),
         ("path", "training.json names paths of a machine: /data/me/runs"),

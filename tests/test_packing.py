@@ -53,7 +53,7 @@ class TestBatches:
 
         def sizes(max_tokens):
             batches = sorted_batches(model.processor, texts, [None] * len(texts), batch_size=8, max_tokens=max_tokens)
-            return [(len(rows), batch["input_ids"].numel()) for rows, batch in batches]
+            return [(len(rows), batch["input_ids"].numel()) for rows, batch, _ in batches]
 
         assert [rows for rows, _ in sizes(None)] == [8, 8, 8]
         budget = 100
@@ -67,7 +67,7 @@ class TestBatches:
 
         def sizes(**kwargs):
             batches = sorted_batches(model.processor, TEXTS, instructions, max_tokens=budget, **kwargs)
-            return [len(rows) for rows, _ in batches]
+            return [len(rows) for rows, _, _ in batches]
 
         assert len(sizes(count_heads=False)) < len(sizes(count_heads=True))
 
@@ -75,7 +75,7 @@ class TestBatches:
     def test_longest_first_and_no_column_of_padding(self, model, side):
         model.processor.tokenizer.padding_side = model.processor.encoder_tokenizer.padding_side = side
         seen, lengths = [], []
-        for rows, batch in sorted_batches(model.processor, TEXTS, [INSTRUCTION] * len(TEXTS), batch_size=2):
+        for rows, batch, _ in sorted_batches(model.processor, TEXTS, [INSTRUCTION] * len(TEXTS), batch_size=2):
             seen += rows
             lengths.append(batch["input_ids"].shape[1])
             for mask in ("attention_mask", "encoder_attention_mask"):
@@ -88,7 +88,7 @@ class TestBatches:
         instructions = [("one", "two")[i % 2] for i in range(8)]
         texts = (TEXTS * 2)[:8]
         batches = sorted_batches(model.processor, texts, instructions, batch_size=4)
-        assert [{instructions[row] for row in rows} for rows, _ in batches] == [{"one"}, {"two"}]
+        assert [{instructions[row] for row in rows} for rows, _, _ in batches] == [{"one"}, {"two"}]
 
     def test_windows(self, model, monkeypatch):
         monkeypatch.setattr(packing, "WINDOW", 1)  # two texts are tokenized at a time

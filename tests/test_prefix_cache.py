@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from modeling_causal2vec import Causal2VecModel
-from prefix_cache import DecoderScan, PrefixCache, SharedHead, compute_head
+from prefix_cache import ModuleScan, PrefixCache, SharedHead, compute_head
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -273,8 +273,8 @@ class TestNeverStale:
     def test_modules_are_listed_once(self, model, monkeypatch):
         """A walk over the modules of a deep decoder takes longer than anything else that is done beside the towers."""
         walks = []
-        walk = type(model.decoder).modules
-        monkeypatch.setattr(type(model.decoder), "modules", lambda self: walks.append(1) or walk(self))
+        walk = type(model).modules
+        monkeypatch.setattr(type(model), "modules", lambda self: walks.append(1) or walk(self))
         for _ in range(3):
             model.encode(TEXTS, instruction=INSTRUCTION, batch_size=2)
         model.train()
@@ -393,7 +393,7 @@ class TestDecodersThatCannot:
 
     def test_not_causal(self, model, caplog):
         model.decoder.config.is_causal = False
-        assert not DecoderScan(model.decoder).is_causal()
+        assert not ModuleScan(model).is_causal()
         self.check(model, caplog, "not causal")
 
     def test_positions_that_depend_on_the_length(self, model, caplog):

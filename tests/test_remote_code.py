@@ -1,6 +1,7 @@
 """The shipped code as the Hub's loader runs it: from a folder, in a fresh process, offline, with torch and transformers."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ ENTRY_FILES = ("configuration_causal2vec.py", "modeling_causal2vec.py", "tokeniz
 SENTENCE_TRANSFORMERS_FILE = "sentence_causal2vec.py"
 
 # Runs in a process of its own. Blocks every installed package but torch, transformers and what they require, and every
-# connection; then loads folders and writes their vectors.
+# connection; then loads a folder and writes its vectors.
 CHILD = r"""
 import importlib.metadata as metadata, importlib.util, json, re, socket, sys
 
@@ -60,18 +61,18 @@ task = json.load(sys.stdin)
 
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-report = {"blocked": blocked, "folders": {}}
-for folder in task["folders"]:
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    ids = processor(task["texts"], instruction=task["instruction"])["input_ids"]
-    report["folders"][folder] = {
-        "vectors": model.encode(task["texts"]).tolist(),
-        "queries": model.encode(task["texts"], instruction=task["instruction"]).tolist(),
-        "same_ids": ids.equal(model.processor(task["texts"], instruction=task["instruction"])["input_ids"]),
-        "vocabulary": len(AutoTokenizer.from_pretrained(folder, trust_remote_code=True)),
-        "class": type(model).__module__,
-    }
+folder = task["folder"]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+ids = processor(task["texts"], instruction=task["instruction"])["input_ids"]
+report = {
+    "blocked": blocked,
+    "vectors": model.encode(task["texts"]).tolist(),
+    "queries": model.encode(task["texts"], instruction=task["instruction"]).tolist(),
+    "same_ids": ids.equal(model.processor(task["texts"], instruction=task["instruction"])["input_ids"]),
+    "vocabulary": len(AutoTokenizer.from_pretrained(folder, trust_remote_code=True)),
+    "class": type(model).__module__,
+}
 report["attempts"] = attempts
 report["imported"] = sorted({name.split(".")[0] for name, module in sys.modules.items() if module is not None})
 print("REPORT" + json.dumps(report))
@@ -99,10 +100,7 @@ SHIPPED = shipped_files()
 
 @pytest.fixture(scope="module")
 def report(saved_dir, tmp_path_factory):
-    """What the child found; the repository itself is loaded, too, if it is a checkpoint."""
-    folders = [str(saved_dir)]
-    if (ROOT / "config.json").exists() and (ROOT / "model.safetensors").exists():
-        folders.append(str(ROOT))
+    """What the child found. The repository itself is loaded in such a process by test_hub.py's dry run."""
     home = tmp_path_factory.mktemp("home")
     environment = {
         name: value
@@ -110,7 +108,7 @@ def report(saved_dir, tmp_path_factory):
         if not name.startswith(("HF_", "TRANSFORMERS_", "PYTEST_", "HUGGINGFACE_"))
     }
     environment.update(HF_HOME=str(home / "hf"), HOME=str(home), OMP_NUM_THREADS="1")
-    task = {"folders": folders, "texts": TEXTS, "instruction": INSTRUCTION}
+    task = {"folder": str(saved_dir), "texts": TEXTS, "instruction": INSTRUCTION}
     process = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(task),
@@ -134,22 +132,70 @@ class TestFreshProcess:
     def test_no_connection_was_tried(self, report):
         assert report["attempts"] == []
 
-    def test_a_saved_folder(self, report, tiny_model, saved_dir):
-        self.check(report["folders"][str(saved_dir)], tiny_model)
-
-    def test_the_repository_itself(self, report, bundled_dir, bundled_model):
-        self.check(report["folders"][str(bundled_dir)], bundled_model)
-
-    def check(self, found, model):
-        assert found["class"].startswith("transformers_modules.")
-        assert found["same_ids"]
-        assert found["vocabulary"] == len(model.processor.tokenizer)
+    def test_a_saved_folder(self, report, tiny_model):
+        assert report["class"].startswith("transformers_modules.")
+        assert report["same_ids"]
+        assert report["vocabulary"] == len(tiny_model.processor.tokenizer)
         for name, vectors in (
-            ("vectors", model.encode(TEXTS)),
-            ("queries", model.encode(TEXTS, instruction=INSTRUCTION)),
+            ("vectors", tiny_model.encode(TEXTS)),
+            ("queries", tiny_model.encode(TEXTS, instruction=INSTRUCTION)),
         ):
-            assert np.abs(np.array(found[name]) - vectors).max() <= 1e-5
+            assert np.abs(np.array(report[name]) - vectors).max() <= 1e-5
             assert np.linalg.norm(vectors[0] - vectors[1]) > 0.01
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Returns a function that makes a package of the shipped files, some of them replaced, and gives its name."""
+
+    def make(**changes: str) -> str:
+        name = f"shipped_{tmp_path.name}"
+        (tmp_path / name).mkdir()
+        for file in SHIPPED:
+            text = changes.get(file.removesuffix(".py"), (ROOT / file).read_text(encoding="utf-8"))
+            (tmp_path / name / file).write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        return name
+
+    assert str(ROOT) in sys.path, "the clone's own files would not be found anyway"
+    yield make
+    for module in [module for module in sys.modules if module.startswith("shipped_")]:
+        del sys.modules[module]
+
+
+class TestImports:
+    def test_the_package_itself_is_fine(self, package):
+        assert importlib.import_module(f"{package()}.modeling_causal2vec").Causal2VecModel
+
+    @pytest.mark.parametrize("file", [name for name in SHIPPED if relative_imports(name)])
+    def test_a_real_error_is_told_and_no_clone_is_mixed_in(self, package, file):
+        """All siblings are empty, as those of another version may lack a name; the clone's files have them all."""
+        if file == SENTENCE_TRANSFORMERS_FILE:
+            pytest.importorskip("sentence_transformers")
+        siblings = {name.removesuffix(".py"): "" for name in SHIPPED if name != file}
+        name = package(**siblings)
+        with pytest.raises(ImportError, match=rf"cannot import name '\w+' from '{name}\."):
+            importlib.import_module(f"{name}.{file.removesuffix('.py')}")
+
+    def test_a_missing_file_is_told(self, package, tmp_path):
+        name = package()
+        (tmp_path / name / "packing.py").unlink()
+        with pytest.raises(ModuleNotFoundError, match=rf"{name}\.packing"):
+            importlib.import_module(f"{name}.modeling_causal2vec")
+
+    @pytest.mark.parametrize(
+        "name", [name.removesuffix(".py") for name in SHIPPED if not name.endswith("_causal2vec.py")]
+    )
+    def test_another_file_of_a_clones_module_name(self, tmp_path, monkeypatch, name):
+        """Of a user whose own folder comes before the clone on sys.path."""
+        (tmp_path / f"{name}.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        for module in [file.removesuffix(".py") for file in SHIPPED]:
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(ImportError) as error:
+            importlib.import_module("modeling_causal2vec")
+        for told in (str(tmp_path / f"{name}.py"), str(ROOT / f"{name}.py"), "Rename"):
+            assert told in str(error.value)
 
 
 class TestFolders:
@@ -219,7 +265,9 @@ class TestSource:
 
     def test_imports(self, tree):
         allowed = (
-            {"torch", "transformers"} | {name.removesuffix(".py") for name in SHIPPED} | set(sys.stdlib_module_names)
+            {"torch", "transformers", "huggingface_hub"}
+            | {name.removesuffix(".py") for name in SHIPPED}
+            | set(sys.stdlib_module_names)
         )
         if tree.name == SENTENCE_TRANSFORMERS_FILE:
             allowed.add("sentence_transformers")

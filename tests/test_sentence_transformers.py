@@ -76,6 +76,18 @@ def test_truncation_cuts_both_states(model, tiny_model, dim):
         assert close(model.encode(TEXTS, normalize_embeddings=True), expected)
 
 
+def test_texts_that_are_cut_are_counted_and_told_once(saved_dir, caplog):
+    model = SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    texts = ["hi", "word " * 30, "word " * 600]
+    model.encode(texts[:1])
+    assert not model[0].truncated and not caplog.records
+    for _ in range(2):
+        model.encode(texts, batch_size=1)
+    assert model[0].truncated == {"texts": 4, "decoder": 2, "encoder": 4}
+    (record,) = [record for record in caplog.records if "truncated" in record.getMessage()]
+    assert record.levelname == "WARNING" and "(at 512 tokens)" in record.getMessage()
+
+
 def test_the_fast_path_is_used(model):
     cache = model[0].model.prefix_cache
     cache.clear()
@@ -276,13 +288,3 @@ def test_what_matryoshka_trains_is_what_truncation_keeps(model, tiny_model, kind
                     assert torch.allclose(nearest, torch.ones(len(side)), atol=1e-5)
     with pytest.raises(ValueError, match="embedding dimension of 64"):
         losses.MatryoshkaLoss(model, inner, matryoshka_dims=[65])(features, None)
-
-
-def test_the_repository_itself(bundled_dir, bundled_model):
-    model = SentenceTransformer(str(bundled_dir), trust_remote_code=True, device="cpu")
-    assert close(model.encode(TEXTS), bundled_model.encode(TEXTS))
-    assert close(model.encode_query(TEXTS), bundled_model.encode_query(TEXTS))
-    assert close(model.encode_document(TEXTS), bundled_model.encode_document(TEXTS))
-    cut = model.encode(TEXTS, truncate_dim=128, normalize_embeddings=True)
-    assert close(cut, bundled_model.encode(TEXTS, truncate_dim=128))
-    assert model.prompts["query"] == bundled_model.config.query_instruction

@@ -9,11 +9,12 @@ import torch
 from conftest import TEXTS, decoder_tokenizer, wordpiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from transformers import AutoProcessor, AutoTokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
+import tokenization_utils
 from configuration_causal2vec import Causal2VecConfig
-from tokenization_utils import Causal2VecProcessor, format_examples
+from tokenization_utils import Causal2VecProcessor, first_ids, format_examples
 
 
 PAD, BOS, EOS = 0, 1, 2  # of the decoder's tokenizer
@@ -353,6 +354,165 @@ class TestLength:
             processor("hi", max_length=max_length)
 
 
+def trained(model, trainer, pre_tokenizer, normalizer=None, used_as=None, **settings) -> PreTrainedTokenizerFast:
+    """A small tokenizer, trained on `PIECES` with one pre-tokenizer, and used with another if that is given."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator([*TEXTS, "".join(PIECES)] * 3, trainer(show_progress=False, **settings))
+    if used_as is not None:
+        tokenizer.pre_tokenizer = used_as
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+# What words and their ends are made of, in some way or other.
+PIECES = (
+    ["the ", "fox", "'s", "'", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", " " * 40, "é", "e\u0301", "\u0301", "\u0600"]
+    + ["数学", "。", "12345", "7" * 50, "1,234 ", ".", "...", "-", "<tab>", "new", "renew ", "\x00", "▁", "\ufb01ne ", "½", "ΑΣ ", "x" * 30]
+    + ["protein ", "שלום ", "/", "http://a.b/c?d=e ", "\U0001f468\u200d\U0001f469 "]
+)  # fmt: skip
+QWENS = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+FROM_THE_RIGHT = pre_tokenizers.Split(Regex(r"(?=(\d{3})+(?!\d))"), "isolated")
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+LIKE_GPT = dict(trainer=trainers.BpeTrainer, vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+UNIGRAM = dict(trainer=trainers.UnigramTrainer, vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"])
+ONE_WORD = pre_tokenizers.Metaspace(split=False)
+TOKENIZERS = {
+    "GPT-2's": decoder_tokenizer,
+    "BERT's": wordpiece_tokenizer,
+    "Qwen's": lambda: trained(
+        models.BPE(),
+        pre_tokenizer=pre_tokenizers.Sequence([FROM_THE_RIGHT, pre_tokenizers.Split(QWENS, "isolated"), BYTES]),
+        normalizer=normalizers.NFC(),
+        **LIKE_GPT,
+    ),
+    "XLM-R's": lambda: trained(
+        models.Unigram(), pre_tokenizer=pre_tokenizers.Metaspace(), normalizer=normalizers.NFKC(), **UNIGRAM
+    ),
+    "Llama 2's": lambda: trained(
+        models.BPE(), trainers.BpeTrainer, pre_tokenizers.Metaspace(), used_as=ONE_WORD, vocab_size=500
+    ),
+    "one word, by likelihood": lambda: trained(
+        models.Unigram(), pre_tokenizer=pre_tokenizers.Metaspace(), used_as=ONE_WORD, **UNIGRAM
+    ),
+    "words joined, as some of Gemma's": lambda: trained(models.BPE(), trainers.BpeTrainer, ONE_WORD, vocab_size=500),
+}
+
+
+class TestLongTexts:
+    """Only the beginning of a long text is tokenized, and no id differs."""
+
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    def test_ids_are_those_of_the_whole_text(self, name, monkeypatch):
+        tokenizer, settled = TOKENIZERS[name](), []
+        is_settled = tokenization_utils._is_settled
+        monkeypatch.setattr(
+            tokenization_utils, "_is_settled", lambda *args: settled.append(is_settled(*args)) or settled[-1]
+        )
+
+        @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+        @given(
+            pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=40),
+            repeats=st.integers(1, 20),
+            limit=st.integers(1, 30),
+            chars_per_token=st.sampled_from([1, 4, 8]),
+            prefix=st.sampled_from(["", "query: "]),
+        )
+        def check(pieces, repeats, limit, chars_per_token, prefix):
+            monkeypatch.setattr(tokenization_utils, "CHARS_PER_TOKEN", chars_per_token)
+            text = "".join(pieces) * repeats
+            whole = tokenizer(prefix + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert first_ids(tokenizer, [text, "hi"], limit, prefix)[0] == whole[:limit]
+
+        check()
+        assert any(settled), "nothing was cut"
+
+    def test_digits_that_are_grouped_from_their_end(self, monkeypatch):
+        tokenizer = TOKENIZERS["Qwen's"]()
+        monkeypatch.setattr(tokenization_utils, "CHARS_PER_TOKEN", 2)
+        for count in range(40, 60):
+            text = "fox " * 3 + "7" * count + " fox" * 50
+            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            for limit in range(4, 20):
+                assert first_ids(tokenizer, [text], limit) == [whole[:limit]]
+
+    def test_a_token_of_several_words(self, monkeypatch):
+        """`▁a▁b▁c▁d▁e▁f`, which grows from its end: without the last word the others stay apart."""
+        words = [f"▁{letter}" for letter in "abcdef"]
+        merges = [("▁", letter) for letter in "abcdef"] + [
+            (words[i], "".join(words[i + 1 :])) for i in range(4, -1, -1)
+        ]
+        vocabulary = ["▁", *"abcdef", *(left + right for left, right in merges)]
+        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+        tokenizer.pre_tokenizer = ONE_WORD
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        text = "a b c d e f " * 50
+        assert set(tokenizer.tokenize(text)) == {"".join(words), "▁"}
+        for chars_per_token in range(1, 30):
+            monkeypatch.setattr(tokenization_utils, "CHARS_PER_TOKEN", chars_per_token)
+            for limit in (1, 2, 3, 7):
+                whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+                assert first_ids(tokenizer, [text], limit) == [whole[:limit]]
+
+    def test_no_more_than_needed_is_read(self, processor, monkeypatch):
+        read = []
+        plain = tokenization_utils._plain
+        monkeypatch.setattr(
+            tokenization_utils,
+            "_plain",
+            lambda tokenizer, texts: read.append(sum(map(len, texts))) or plain(tokenizer, texts),
+        )
+        texts = ["word " * 200_000, "hi", "a" + "\u0301" * 2000 + " word" * 200_000]
+        batch = processor(texts)
+        assert sum(read) < 100_000 and batch["input_ids"].shape == (3, 128)
+        assert encoder_rows_of(batch)[0] == encoder_rows_of(processor("word " * 500))[0]
+
+    def test_a_tokenizer_without_words(self):
+        """Of those that are written in Python no one knows where a word ends."""
+
+        class Slow:
+            is_fast = False
+
+            def __call__(self, texts, **kwargs):
+                return {"input_ids": [list(text.encode()) for text in texts]}
+
+        assert first_ids(Slow(), ["word " * 5000, "hi"], 3, "a") == [list(b"awo"), list(b"ahi")]
+
+
+class TestTruncation:
+    def test_what_was_cut_is_named(self, processor):
+        texts = ["hi", "a b " * 30, "word " * 500]
+        batch, cut = processor.tokenize(texts)
+        assert cut == [(), ("encoder",), ("decoder", "encoder")]
+        assert batch.keys() == processor(texts).keys()
+        assert list(processor.towers_cut(texts * 700)) == cut * 700
+        assert processor.tokenize(texts[1], max_length=20)[1] == [("decoder", "encoder")]
+
+    def test_a_text_that_just_fits_is_not_cut(self, processor):
+        """Both towers read a token a letter here."""
+        (whole,) = rows_of(processor("z z z z z"))
+        assert [processor.tokenize("z z z z z", max_length=len(whole) - less)[1] for less in (0, 1)] == [
+            [()],
+            [("decoder",)],
+        ]
+        assert [processor.tokenize("z " * count)[1] for count in (38, 39)] == [[()], [("encoder",)]]
+
+    @pytest.mark.parametrize(
+        "max_length, facts", [(30, ["position 2", "decoder", "30"]), (None, ["position 1", "encoder", "40"])]
+    )
+    def test_it_can_be_refused(self, processor, max_length, facts):
+        texts = ["hi", "z " * 60, "a" * 300]
+        with pytest.raises(ValueError) as error:
+            processor(
+                texts if max_length is None else [texts[0], "hi", texts[2]], max_length=max_length, truncation=False
+            )
+        assert all(fact in str(error.value) for fact in facts)
+        expected = processor(["hi", "fox"])
+        for name, tensor in processor(["hi", "fox"], truncation=False).items():
+            assert torch.equal(tensor, expected[name])
+
+
 class TestTextsCannotForge:
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     def test_as_a_text(self, processor, text):
@@ -579,7 +739,7 @@ class TestSaving:
             assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
     def test_use_leaves_no_trace(self, tmp_path):
-        """Tokenizers keep the truncation of their last call, and would save it."""
+        """Tokenizers keep how they were called last, and would save it."""
         processor = make_processor()
         processor.save_pretrained(tmp_path / "unused")
         processor(["hi", TEXTS[1]])

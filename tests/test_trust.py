@@ -59,7 +59,6 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         "values, match",
         [
-            ({"max_seq_len": 128}, r"has no \['max_seq_len'\]"),
             ({"_attn_implementation_internal": "../evil"}, "_attn_implementation_internal"),
             ({"max_seq_length": "512"}, "`max_seq_length` must be int, got str"),
             ({"max_seq_length": -1}, "`max_seq_length` must be at least 3"),
@@ -225,7 +224,7 @@ def test_the_oldest_packages_are_the_same_everywhere(saved_dir):
         assert f"needs {package} {oldest} or newer" in code
         assert any(line.startswith(f"{package}>={oldest}") for line in told["requirements"])
         assert f"{package}=={oldest}.0" in told["CI"]
-        assert f"`{package}` {oldest}" in told["README"] and f"`{package}` {oldest}" in told["card"]
+        assert f'"{package}>={oldest}"' in told["README"] and f"`{package}` {oldest}" in told["card"]
 
 
 @pytest.mark.parametrize("package, version", [("transformers", "6.0.0.dev0"), ("torch", "3.0.0a0+git1234")])
@@ -238,39 +237,26 @@ def test_newer_packages_are_not(monkeypatch, package, version):
 
 
 class TestSaving:
-    def test_over_the_folder_that_the_code_came_from(self, tiny_model, saved_dir, tmp_path):
-        """As in a clone, whose files are imported as top-level modules and then saved over."""
-        clone = shutil.copytree(saved_dir, tmp_path / "clone")
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from modeling_causal2vec import Causal2VecModel as M; m = M.from_pretrained(sys.argv[1]); m.save_pretrained(sys.argv[1])"
-        before = {
-            path: path.read_bytes() for path in clone.rglob("*") if path.is_file() and "__pycache__" not in str(path)
-        }
-        result = subprocess.run([sys.executable, "-c", code, str(clone)], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        after = {
-            path: path.read_bytes() for path in clone.rglob("*") if path.is_file() and "__pycache__" not in str(path)
-        }
-        assert after == before
-
-    @pytest.mark.parametrize("what", ["config", "processor"])
-    def test_parts_over_the_folder_that_the_code_came_from(self, saved_dir, tmp_path, what):
-        """transformers copies the code file onto itself; what was changed is there, and nothing else is."""
+    def test_over_the_folder_that_the_code_came_from(self, saved_dir, tmp_path):
+        """As in a clone, whose files are imported as top-level modules: what was changed is there, and nothing else is."""
         clone = shutil.copytree(saved_dir, tmp_path / "clone")
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
             "from modeling_causal2vec import Causal2VecModel as M\n"
-            "part = getattr(M.from_pretrained(sys.argv[1]), sys.argv[2])\n"
-            "part.max_seq_length = 99\n"
-            "print(part.save_pretrained(sys.argv[1]))"
+            "model = M.from_pretrained(sys.argv[1])\n"
+            "model.save_pretrained(sys.argv[1])\n"
+            "for part in (model.config, model.processor):\n"
+            "    part.max_seq_length = 99\n"
+            "    print(part.save_pretrained(sys.argv[1]))"
         )
         before = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
-        result = subprocess.run([sys.executable, "-c", code, clone, what], capture_output=True, text=True, cwd=tmp_path)
+        result = subprocess.run([sys.executable, "-c", code, clone], capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        name = "config.json" if what == "config" else "processor_config.json"
-        assert result.stdout.strip() == ("None" if what == "config" else str([str(clone / name)]))
+        changed = {clone / "config.json", clone / "processor_config.json"}
+        assert result.stdout.splitlines() == ["None", str([str(clone / "processor_config.json")])]
         after = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
-        assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {clone / name}
-        assert json.loads(after[clone / name])["max_seq_length"] == 99
+        assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == changed
+        assert all(json.loads(after[path])["max_seq_length"] == 99 for path in changed)
 
     def test_no_path_of_this_machine(self, saved_dir):
         text = "".join(path.read_text() for path in saved_dir.glob("*.json") if path.name != "tokenizer.json")
@@ -294,29 +280,18 @@ class TestSaving:
         again.save_pretrained(tmp_path)  # over the files that its weights may still be read from
         assert np.array_equal(Causal2VecModel.from_pretrained(tmp_path).encode(TEXTS), tiny_model.encode(TEXTS))
 
-    def test_an_interrupted_save_does_not_load(self, tiny_model, tmp_path, monkeypatch):
-        import saving_utils
 
-        tiny_model.save_pretrained(tmp_path)
-        replace, calls = saving_utils.os.replace, []
-
-        def fail_at_weights(source, target):
-            calls.append(target)
-            if str(target).endswith(".safetensors"):
-                raise OSError("power cut")
-            replace(source, target)
-
-        monkeypatch.setattr(saving_utils.os, "replace", fail_at_weights)
-        changed = Causal2VecModel.from_pretrained(tmp_path)
-        changed.projector.linear_1.weight.data.mul_(2)
-        with pytest.raises(OSError, match="power cut"):
-            changed.save_pretrained(tmp_path)
-        assert calls
-        with pytest.raises((OSError, ValueError), match="config.json"):
-            Causal2VecModel.from_pretrained(tmp_path)
+def test_keys_that_nothing_reads_are_ignored(folder, tiny_model, caplog):
+    """Such as a newer transformers may write; a typo is told, too, and names of methods do no harm."""
+    change_config(folder, max_seq_len=128, to_dict="x", of_transformers_9={"a": 1})
+    model = Causal2VecModel.from_pretrained(folder)
+    assert "has no ['max_seq_len', 'of_transformers_9', 'to_dict']" in caplog.text
+    assert np.array_equal(model.encode(TEXTS), tiny_model.encode(TEXTS))
+    assert not {"max_seq_len", "of_transformers_9"} & model.config.to_dict().keys()
 
 
-def test_what_trainer_writes_into_a_configuration_is_no_stranger(folder, tiny_model):
+def test_what_trainer_writes_into_a_configuration_is_no_stranger(folder, tiny_model, caplog):
     """Some versions copy the tokenizer's special ids there, and `use_cache` is switched off for training."""
     change_config(folder, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
     assert np.array_equal(Causal2VecModel.from_pretrained(folder).encode(TEXTS), tiny_model.encode(TEXTS))
+    assert "has no" not in caplog.text

@@ -13,7 +13,7 @@ from baselines import MODELS
 from configuration_causal2vec import Causal2VecConfig
 from losses import InfoNCE
 from modeling_causal2vec import Causal2VecModel, check_truncate_dim
-from prefix_cache import DecoderScan
+from prefix_cache import ModuleScan
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -154,7 +154,7 @@ class TestVectors:
             assert np.abs(found - expected).max() <= 1e-5
         causal = ("concat", "average", "eos", "eos_encoder", "before", "two", "eight", "token_prepending")
         assert (model.prefix_cache.hits > 0) == (name in causal)  # what has a head before its slot
-        assert DecoderScan(model.decoder).is_causal() != model.config.bidirectional
+        assert ModuleScan(model).is_causal() != model.config.bidirectional
 
     def test_examples(self, variants, name):
         model = variants(name)
