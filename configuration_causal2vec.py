@@ -27,7 +27,15 @@ from transformers.utils import logging
 
 def _check_siblings() -> None:
     """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
-    for name in ("baselines", "packing", "prefix_cache", "saving_utils", "tokenization_utils"):
+    for name in (
+        "loading_utils",
+        "packing",
+        "prefix_cache",
+        "runtime_utils",
+        "saving_utils",
+        "token_prepending",
+        "tokenization_utils",
+    ):
         expected, spec = Path(__file__).with_name(f"{name}.py"), importlib.util.find_spec(name)
         found = spec and spec.origin
         if found is None or Path(found).resolve() != expected.resolve():
@@ -66,7 +74,8 @@ PROMPT_TEMPLATES = {
 }
 
 
-WITHOUT_ENCODER = ("last_token", "token_prepending")  # baselines that are the decoder alone
+BASELINES = ("last_token", "embedding_concat", "token_prepending")
+WITHOUT_ENCODER = ("last_token", "token_prepending")  # those that are the decoder alone
 
 
 class Causal2VecConfig(PreTrainedConfig):
@@ -115,7 +124,7 @@ class Causal2VecConfig(PreTrainedConfig):
         bidirectional (`bool`, defaults to `False`):
             Whether the decoder's attention looks both ways (Table 15).
         baseline (`str`, *optional*):
-            One of the methods that the paper compares with, which are the models of baselines.py: `"last_token"`
+            One of the methods that the paper compares with: `"last_token"`
             (Table 2), `"embedding_concat"` (Table 4) or `"token_prepending"` (Table 6). Their pooling is their own.
 
     Raises:
@@ -279,7 +288,7 @@ _MINIMUM = {
 _CHOICES = {
     "pooling": ("concat", "average", "eos", "eos_encoder"),
     "contextual_position": ("after_instruction", "before_instruction"),
-    "baseline": (None, "last_token", "embedding_concat", "token_prepending"),
+    "baseline": (None, *BASELINES),
 }
 
 # Attributes that transformers and its Trainer set on configurations, and so find again in config.json.

@@ -28,7 +28,7 @@ try:
         write_plain_card,
         write_sentence_transformers_files,
     )
-    from .tokenization_utils import load_tokenizers
+    from .tokenization_utils import Causal2VecProcessor, load_tokenizers
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
@@ -43,7 +43,7 @@ except ImportError:
         write_plain_card,
         write_sentence_transformers_files,
     )
-    from tokenization_utils import load_tokenizers
+    from tokenization_utils import Causal2VecProcessor, load_tokenizers
 
 
 logger = logging.get_logger(__name__)
@@ -60,10 +60,10 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As everywhere in transformers; also loads both tokenizers when the folder has them. A folder with one of the
-        baselines gives a model of its class. If there is only a PEFT adapter, its base is loaded and the adapter attached;
-        a relative base is looked for beside the adapter first. Weights of the folder's own are always the ones loaded;
-        an adapter beside them is attached if it names this folder as its base.
+        As everywhere in transformers; also loads both tokenizers when the folder has them. If there is only a PEFT
+        adapter, its base is loaded and the adapter attached; a relative base is looked for beside the adapter first.
+        Weights of the folder's own are always the ones loaded; an adapter beside them is attached if it names this folder
+        as its base.
 
         Raises:
             ValueError: the weights or the adapter's lack tensors of this model, hold others or are damaged, the adapter names no
@@ -114,15 +114,8 @@ class PretrainedMixin:
         """`from_pretrained` without adapters: a folder's own weights, or those of a `state_dict`."""
         hub_kwargs = _only_hub(kwargs)
         config = kwargs.get("config")
-        if isinstance(config, PreTrainedConfig):
-            baseline = config.baseline
-        elif source is not None or config is not None:
-            baseline = cls._checked_config_dict(source if config is None else config, hub_kwargs).get("baseline")
-        else:
-            baseline = cls.baseline
-        if baseline != cls.baseline and (of_folder := _model_class(baseline)) is not None:
-            # AutoModel, too, takes the class of one folder for another whose code is the same.
-            return of_folder._load(source, *model_args, output_loading_info=output_loading_info, **kwargs)
+        if not isinstance(config, PreTrainedConfig) and (source, config) != (None, None):
+            cls._check_config(source if config is None else config, hub_kwargs)
         _check_weight_files(source, hub_kwargs)
         try:
             model, info = super().from_pretrained(
@@ -155,7 +148,7 @@ class PretrainedMixin:
                 logger.warning("No tokenizers beside the weights, so `encode` will not work: %s", error)
             else:
                 _check_tokenizers(model, *tokenizers)
-                model.processor = cls.processor_class.from_config(model.config, *tokenizers)
+                model.processor = Causal2VecProcessor.from_config(model.config, *tokenizers)
             try:
                 model._instructions_file = Path(cached_file(source, "instructions.json", **hub_kwargs))
             except OSError:
@@ -163,12 +156,11 @@ class PretrainedMixin:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _checked_config_dict(cls, source: str, hub_kwargs: dict) -> dict:
+    def _check_config(cls, source: str, hub_kwargs: dict) -> None:
         """Refuses a folder without our config.json: transformers would go on with a new model of default sizes."""
-        values = cls.config_class.get_config_dict(source, **hub_kwargs)[0]
-        found = values.get("model_type")
+        found = cls.config_class.get_config_dict(source, **hub_kwargs)[0].get("model_type")
         if found == cls.config_class.model_type:
-            return values
+            return
         what = "no config.json" if found is None else f"the model_type {found!r}"
         raise ValueError(f"{source} must hold a Causal2Vec model, but has {what}. Was it saved completely?")
 
@@ -208,7 +200,7 @@ class PretrainedMixin:
                 if not has_weights:
                     self.config.save_pretrained(temporary)  # so that AutoModel finds the code here
             if self._processor is not None:
-                self.processor_class.from_config(
+                Causal2VecProcessor.from_config(
                     self.config, self._processor.tokenizer, self._processor.encoder_tokenizer
                 ).save_pretrained(temporary)
             write_sentence_transformers_files(temporary, self.config)
@@ -284,12 +276,12 @@ class PretrainedMixin:
             decoder_config=decoder_model.config,
             contextual_token_id=tokenizer.convert_tokens_to_ids(contextual_token),
             dtype=decoder_model.dtype,
-            **{"baseline": cls.baseline, **config_kwargs},
+            **config_kwargs,
         )
         if config.has_encoder and encoder is None:
             raise ValueError(f"{cls.__name__} needs an `encoder`, got None.")
         model = cls(config, encoder=encoder_model, decoder=decoder_model)
-        model.processor = cls.processor_class.from_config(config, tokenizer, encoder_tokenizer)
+        model.processor = Causal2VecProcessor.from_config(config, tokenizer, encoder_tokenizer)
         return model.eval()
 
 
@@ -451,14 +443,3 @@ def position_limit(backbone: PreTrainedModel) -> int | None:
             # RoBERTa and its kin start counting behind the padding id.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _model_class(baseline: str | None) -> type[PreTrainedModel] | None:
-    """The class of models with this `baseline` in their configuration, if there is one."""
-    try:
-        from .baselines import MODELS
-    except ImportError:
-        if __package__:
-            raise
-        from baselines import MODELS
-    return MODELS.get(baseline)

@@ -6,17 +6,13 @@
 
 Every text token comes after the Contextual token and so sees the whole text. The two states are stored interleaved (t0, e0,
 t1, e1, ...), which changes no cosine, dot product or distance: any prefix of an embedding is half of each state. Invariant:
-both backbones are used as `AutoModel` gives them; nothing here depends on which they are. The ablations of this model are fields of its
-configuration; the methods that the paper compares with are in baselines.py, as subclasses.
+both backbones are used as `AutoModel` gives them; nothing here depends on which they are. The paper's ablations of
+this model, and the methods that it compares with, are fields of the configuration.
 """
 
-import math
-import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +30,10 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
 try:
     from .configuration_causal2vec import Causal2VecConfig
     from .loading_utils import PretrainedMixin, position_limit
-    from .packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
+    from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from .prefix_cache import PrefixCache, look_both_ways, plan_rows
+    from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
+    from .token_prepending import Prepending, check_prepended, prepend_between_layers
     from .tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -50,8 +48,10 @@ except ImportError:
     # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import Causal2VecConfig
     from loading_utils import PretrainedMixin, position_limit
-    from packing import ForkSafeLock, Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, device_of, look_both_ways, plan_rows
+    from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from prefix_cache import PrefixCache, look_both_ways, plan_rows
+    from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
+    from token_prepending import Prepending, check_prepended, prepend_between_layers
     from tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -111,42 +111,6 @@ class Causal2VecProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (..., hidden_size)
 
 
-class EvalMode(ForkSafeLock):
-    """
-    `with eval_mode(model):` keeps a model in eval mode as long as any thread is inside. The last one to leave restores
-    what was in training, which a frozen encoder may not have been.
-    """
-
-    def __init__(self):
-        self._threads, self._training = 0, []
-        super().__init__()
-
-    @contextmanager
-    def __call__(self, model: PreTrainedModel):
-        with self:
-            training = [module for module in model.prefix_cache.scan(model).modules if module.training]
-            if training:
-                self._training += training
-                model.eval()
-            self._threads += 1
-        try:
-            yield
-        finally:
-            with self:
-                self._threads -= 1
-                if self._threads == 0:
-                    self._restore()
-
-    def renew(self) -> None:
-        super().renew()
-        self._threads = 0
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._training:
-            self._training.pop().training = True
-
-
 class Causal2VecPreTrainedModel(PretrainedMixin, PreTrainedModel):
     config_class = Causal2VecConfig
     config: Causal2VecConfig
@@ -169,12 +133,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         encoder, decoder (`PreTrainedModel`, *optional*): Backbones to use instead of newly initialised ones.
 
     Raises:
-        ValueError: `encoder_max_seq_length` is more than the encoder has positions for, or the configuration is that of a
-            baseline.
+        ValueError: `encoder_max_seq_length` is more than the encoder has positions for.
     """
-
-    baseline: str | None = None
-    processor_class = Causal2VecProcessor
 
     def __init__(
         self,
@@ -183,18 +143,17 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         decoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        if config.baseline != self.baseline:
-            raise ValueError(
-                f"{type(self).__name__} is built from a configuration with baseline={self.baseline!r}, got "
-                f"{config.baseline!r}. Load its folder with AutoModel."
-            )
-        self.add_encoder(encoder)
+        self.encoder = self.projector = None
+        if config.has_encoder:
+            self.add_encoder(encoder)
         if decoder is None:
             decoder = AutoModel.from_config(config.decoder_config, dtype=dtype_of(config))
         self.decoder = decoder
         config.decoder_config = self.decoder.config
         if config.bidirectional:
             look_both_ways(self.decoder)
+        if config.baseline == "token_prepending":
+            prepend_between_layers(self.decoder)
         self._processor: Causal2VecProcessor | None = None
         self._instructions_file = Path(__file__).with_name("instructions.json")  # of a clone; see `from_pretrained`
         self.prefix_cache = PrefixCache()
@@ -203,12 +162,13 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self.post_init()
 
     def add_encoder(self, encoder: PreTrainedModel | None) -> None:
-        """Adds the encoder, newly initialised unless it is given, and the projector."""
+        """Adds the encoder, newly initialised unless it is given, and the projector of what the decoder reads of it."""
         config = self.config
         if encoder is None:
             encoder = AutoModel.from_config(config.encoder_config, dtype=dtype_of(config))
         self.encoder = encoder
-        self.projector = Causal2VecProjector(config).to(dtype_of(config))
+        if config.num_slots:
+            self.projector = Causal2VecProjector(config).to(dtype_of(config))
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # never used; its parameters would never get a gradient
         config.encoder_config = self.encoder.config
@@ -234,8 +194,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
     def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
         """
         The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`; of several
-        Contextual tokens `(batch, num_contextual_tokens, hidden_size)`.
+        Contextual tokens `(batch, num_contextual_tokens, hidden_size)`. Without a projector, the mean itself.
         """
+        if self.projector is None:
+            return self.get_encoder_embedding(encoder_ids, encoder_attention_mask)
         if self.projector.queries is None:
             return self.project(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
         device = device_of(self.projector)
@@ -291,8 +253,11 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         From the two last hidden states (section 3.3) and what the decoder read as Contextual token, `(batch, hidden_size)`
         each, to embeddings `(batch, embedding_size)`, as `config.pooling` says (appendix C.4).
         """
-        if self.config.pooling == "eos":
+        if self.config.pooling == "eos" or not self.config.has_encoder:
             return eos_state
+        if self.config.baseline == "embedding_concat":  # (batch, hidden_size), (batch, encoder_hidden_size)
+            parts = eos_state, contextual_token.to(eos_state)
+            return interleave(*parts) if len(set(self.config.embedding_sizes)) == 1 else torch.cat(parts, dim=-1)
         if self.config.pooling == "average":
             return (contextual_state + eos_state) / 2
         if self.config.pooling == "eos_encoder":
@@ -384,6 +349,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if right_padded:
             # Nothing looks at padding that comes after it. Positions run on, or padding would look like packed rows.
             position_ids = position_ids[:, :1] + torch.arange(seq_len, device=position_ids.device)  # (batch, seq_len)
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)  # (batch,)
+        slots, ends = last_true(is_slot), last_true(attention_mask[:, -seq_len:])  # (batch,)
+        if self.config.baseline == "token_prepending":
+            kwargs["prepending"] = Prepending(slots, ends)
         hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and right_padded else None
         if hidden is None:
             outputs = self.decoder(
@@ -396,8 +365,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             )
             hidden = outputs.last_hidden_state  # (batch, seq_len, hidden_size)
 
-        rows = torch.arange(input_ids.shape[0], device=hidden.device)  # (batch,)
-        slots, ends = (last_true(mask).to(hidden.device) for mask in (is_slot, attention_mask[:, -seq_len:]))
+        if "prepending" in kwargs:
+            check_prepended(self.decoder, kwargs["prepending"])
+        rows, slots, ends = (places.to(hidden.device) for places in (rows, slots, ends))
         return Causal2VecModelOutput(
             embeddings=self.pool(hidden[rows, slots], hidden[rows, ends], contextual_token),  # (batch, embedding_size)
             last_hidden_state=hidden if output_last_hidden_state else None,
@@ -432,6 +402,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             # Compiled code would be made anew for every new set of lengths.
             compiled = self._compiled_call_impl is not None
             packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
+            packed = packed and self.config.baseline != "token_prepending"
+        elif packed and self.config.baseline == "token_prepending":
+            raise ValueError("`packed` is not possible with token prepending, which moves states within rows.")
         if contextual_token is None and packed and self.encoder is not None:
             lengths = encoder_attention_mask.sum(-1).tolist()
             groups = groups_of_like_length(lengths)
@@ -591,35 +564,6 @@ def dtype_of(config: Causal2VecConfig) -> torch.dtype:
     """The one dtype of a new model, whatever the backbones' own configurations say."""
     dtype = config.dtype or torch.get_default_dtype()
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-@cache
-def half_precision_cost(dtype: torch.dtype) -> float:
-    """How many times as long a matrix product takes on this CPU as in float32: measured once, in some milliseconds."""
-    seconds = dict.fromkeys((torch.float32, dtype), math.inf)
-    with torch.autocast("cpu", enabled=False):
-        for _ in range(4):
-            for kind in seconds:
-                matrix = torch.ones(256, 256, dtype=kind, device="cpu")
-                start = time.perf_counter()
-                matrix @ matrix
-                seconds[kind] = min(seconds[kind], time.perf_counter() - start)
-    return seconds[dtype] / seconds[torch.float32]
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 at least as fast as in float32. Without instructions for it, far slower."""
-    return half_precision_cost(torch.bfloat16) <= 1
-
-
-def warn_of_slow_dtype(model: PreTrainedModel) -> None:
-    """Says once what a model on the CPU would gain by float32, where it computes in a slower half precision."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
-    if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > 1:
-        logger.warning_once(
-            f"{dtype} is slow on this processor: a matrix product took {half_precision_cost(dtype):.1f} times as long as "
-            'in float32. Load the model with dtype="float32", and without autocast.'
-        )
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,11 @@ from saving_utils import holds_weights, resolve_base
 ROOT = Path(__file__).resolve().parent
 # The code that a vector comes from.
 CODE = (
-    "baselines.py",
     "configuration_causal2vec.py",
     "modeling_causal2vec.py",
     "packing.py",
     "prefix_cache.py",
+    "token_prepending.py",
     "tokenization_utils.py",
 )
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -520,17 +520,18 @@ def code_identity() -> str:
 
 
 def decoder_alone(model):
-    """The decoder of a model without encoder and Contextual token, as baselines.py has it: weights are shared."""
-    from baselines import LastTokenModel
+    """The decoder of a model without encoder and Contextual token, the baseline `last_token`: weights are shared."""
     from configuration_causal2vec import Causal2VecConfig
+    from modeling_causal2vec import Causal2VecModel
+    from tokenization_utils import Causal2VecProcessor
 
     kept = (
         "decoder_config contextual_token_id prompt_head prompt_tail text_prefix query_instruction max_seq_length "
         "icl_max_seq_length bidirectional"
     )
     config = Causal2VecConfig(baseline="last_token", **{name: getattr(model.config, name) for name in kept.split()})
-    alone = LastTokenModel(config, decoder=model.decoder)
-    alone.processor = alone.processor_class.from_config(config, model.processor.tokenizer, None)
+    alone = Causal2VecModel(config, decoder=model.decoder)
+    alone.processor = Causal2VecProcessor.from_config(config, model.processor.tokenizer, None)
     return alone
 
 
@@ -581,15 +582,15 @@ def register(model: str, revision: str | None = None, name: str | None = None) -
     import torch
     from mteb.models.model_implementations import MODEL_REGISTRY
 
-    from baselines import MODELS
     from configuration_causal2vec import Causal2VecConfig
+    from modeling_causal2vec import Causal2VecModel
 
     location = locate(model, revision, name)
     if not location.is_causal2vec:
         raise ValueError(f"{model} is not a Causal2Vec checkpoint; mteb.get_model({model!r}) loads it without this.")
     config = Causal2VecConfig.from_pretrained(location.path, revision=location.commit or "main")
     with torch.device("meta"):
-        shapes = MODELS[config.baseline](config)
+        shapes = Causal2VecModel(config)
     meta = model_meta(location, Causal2VecBackend(shapes))
     MODEL_REGISTRY[meta.name] = meta
     return meta.name

@@ -8,9 +8,6 @@ which, and no row sees another. On GPUs in half precision the variable-length ke
 
 import inspect
 import itertools
-import os
-import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +21,14 @@ from transformers.utils import logging
 
 
 try:
+    from .runtime_utils import ForkSafeLock
+except ImportError:
+    if __package__:  # a real one: a file is missing, or a package too old
+        raise
+    # Imported from a clone, where these files are top-level modules.
+    from runtime_utils import ForkSafeLock
+
+try:
     from torch.nn.attention.varlen import varlen_attn
 
     if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():  # torch 2.11's and older
@@ -34,40 +39,6 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 PACKED_ATTENTION = f"causal2vec_packed_{__name__.replace('.', '_')}"  # each folder's code has its own
-_LOCKS: weakref.WeakSet["ForkSafeLock"] = weakref.WeakSet()
-
-
-class ForkSafeLock:
-    """
-    A lock that is free in a forked child, where the thread that held it does not live on. Copies, and what is unpickled,
-    are new.
-    """
-
-    def __init__(self):
-        self.renew()
-        _LOCKS.add(self)
-
-    def renew(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error) -> None:
-        self._lock.release()
-
-    def __reduce__(self):
-        return type(self), ()
-
-
-def _renew_locks() -> None:
-    for lock in list(_LOCKS):
-        lock.renew()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_renew_locks)
-
 _SWITCHING = ForkSafeLock()  # a decoder's attention is chosen by its configuration, which threads share
 
 WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time

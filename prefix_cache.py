@@ -10,7 +10,6 @@ import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import nn
@@ -20,12 +19,14 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION, ForkSafeLock, Packing
+    from .packing import PACKED_ATTENTION, Packing
+    from .runtime_utils import ForkSafeLock, device_of
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from packing import PACKED_ATTENTION, ForkSafeLock, Packing
+    from packing import PACKED_ATTENTION, Packing
+    from runtime_utils import ForkSafeLock, device_of
 
 
 logger = logging.get_logger(__name__)
@@ -415,19 +416,6 @@ def find_heads(model, scan: ModuleScan, heads_ids: Sequence[tuple[int, ...]]) ->
             cache.put(head_ids, state, head)
         found[head_ids] = head
     return [found.get(head_ids) for head_ids in heads_ids]
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """
-    Where a module computes: where accelerate's hooks bring what it reads, or else where its first tensor is, or else the
-    CPU. Weights that are offloaded or quantised do not say it.
-    """
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for single in getattr(hook, "hooks", [hook]):  # several are kept in one
-            if getattr(single, "execution_device", None) is not None:
-                return torch.device(single.execution_device)
-    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def behind_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, slots: torch.Tensor):

@@ -15,16 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
-# the models of the baselines, from which that module chooses.
+# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
 SHIPPED_CODE = (
-    "baselines.py",
     "configuration_causal2vec.py",
+    "loading_utils.py",
     "modeling_causal2vec.py",
     "packing.py",
     "prefix_cache.py",
+    "runtime_utils.py",
     "saving_utils.py",
     "sentence_causal2vec.py",
+    "token_prepending.py",
     "tokenization_utils.py",
 )
 

@@ -23,13 +23,15 @@ except ImportError as error:
     raise ImportError("This needs sentence-transformers 6 or newer: pip install -U sentence-transformers") from error
 
 try:
-    from .modeling_causal2vec import Causal2VecModel, position_limit
+    from .loading_utils import position_limit
+    from .modeling_causal2vec import Causal2VecModel
     from .tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from modeling_causal2vec import Causal2VecModel, position_limit
+    from loading_utils import position_limit
+    from modeling_causal2vec import Causal2VecModel
     from tokenization_utils import Causal2VecProcessor, count_cut, describe_cut
 
 

@@ -106,9 +106,10 @@ class Causal2VecProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config, tokenizer, encoder_tokenizer) -> "Causal2VecProcessor":
-        """The processor of a model with this [`Causal2VecConfig`]."""
-        tokenizers = (tokenizer,) if encoder_tokenizer is None else (tokenizer, encoder_tokenizer)
-        return cls(*tokenizers, **{name: getattr(config, name) for name in PROCESSOR_SETTINGS})
+        """The processor of a model with this [`Causal2VecConfig`], a [`DecoderProcessor`] where it has no encoder."""
+        if not config.has_encoder:
+            return DecoderProcessor(tokenizer, **{name: getattr(config, name) for name in PROCESSOR_SETTINGS})
+        return cls(tokenizer, encoder_tokenizer, **{name: getattr(config, name) for name in PROCESSOR_SETTINGS})
 
     def __call__(
         self,
@@ -281,6 +282,37 @@ class Causal2VecProcessor(ProcessorMixin):
     def _encode_trusted(self, template: str) -> list[int]:
         """Ids of template text, whose control tokens count."""
         return self.tokenizer(template, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+class DecoderProcessor(Causal2VecProcessor):
+    """[`Causal2VecProcessor`] without the encoder's tokenizer: `input_ids` and `attention_mask` alone."""
+
+    def __init__(
+        self,
+        tokenizer,
+        contextual_token_id: int = 0,
+        prompt_head: str = "",
+        prompt_tail: str = "",
+        text_prefix: str = "",
+        max_seq_length: int = 512,
+        icl_max_seq_length: int = 2048,
+        encoder_max_seq_length: int = 512,
+        contextual_position: str = "after_instruction",
+        num_slots: int = 0,
+    ):
+        super().__init__(
+            tokenizer,
+            None,
+            contextual_token_id,
+            prompt_head,
+            prompt_tail,
+            text_prefix,
+            max_seq_length,
+            icl_max_seq_length,
+            encoder_max_seq_length,
+            contextual_position,
+            num_slots,
+        )
 
 
 CHUNK = 1024  # texts that `towers_cut` tokenizes at a time
@@ -497,5 +529,6 @@ def _pad(rows: list[list[int]], pad_token_id: int, padding_side: str) -> tuple[l
 
 
 Causal2VecProcessor.register_for_auto_class()
+DecoderProcessor.register_for_auto_class()
 
-__all__ = ["Causal2VecProcessor"]
+__all__ = ["Causal2VecProcessor", "DecoderProcessor"]

@@ -34,9 +34,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
-import baselines
 from card import without_machine_paths, write_card
-from configuration_causal2vec import WITHOUT_ENCODER
+from configuration_causal2vec import BASELINES, WITHOUT_ENCODER
 from data import (
     Collator,
     SingleDatasetBatchSampler,
@@ -49,7 +48,8 @@ from data import (
 )
 from eval_report import write_json
 from losses import InfoNCE, gradcache_backward, split_by_length
-from modeling_causal2vec import Causal2VecModel, has_fast_bfloat16
+from modeling_causal2vec import Causal2VecModel
+from runtime_utils import has_fast_bfloat16
 from saving_utils import SHIPPED_CODE, is_hub_id, write_sentence_transformers_files
 
 
@@ -127,7 +127,7 @@ class ModelArguments:
         metadata={
             "help": "Train one of the paper's baselines instead: last_token, embedding_concat, token_prepending. Without "
             "--model. Where it has no encoder, --encoder is not read.",
-            "choices": [name for name in baselines.MODELS if name],
+            "choices": BASELINES,
         },
     )
 
@@ -403,12 +403,10 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     backbones = [encoder, args.decoder] if has_encoder else [args.decoder]
     if any(backbones) if args.model is not None else None in backbones:
         raise ValueError("Give either --model, or both --encoder and --decoder.")
-    names = ("pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
+    names = ("baseline", "pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
     names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    changed = [
-        name for name in (*names, "baseline", "decoder_gguf_file") if getattr(args, name) not in (None, False, "")
-    ]
+    changed = [name for name in (*names, "decoder_gguf_file") if getattr(args, name) not in (None, False, "")]
     if args.model is not None and changed:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
@@ -417,7 +415,7 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     else:
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         gguf = {} if args.decoder_gguf_file is None else {"gguf_file": args.decoder_gguf_file}
-        model = baselines.MODELS[args.baseline].from_encoder_decoder_pretrained(
+        model = Causal2VecModel.from_encoder_decoder_pretrained(
             encoder,
             args.decoder,
             dtype=args.dtype,
@@ -441,7 +439,7 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
     """
     towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
     if model.encoder is None and towers.pop("encoder") != "frozen":
-        raise ValueError(f"--train_encoder must be frozen: the baseline {model.baseline!r} has no encoder.")
+        raise ValueError(f"--train_encoder must be frozen: the baseline {model.config.baseline!r} has no encoder.")
     for tower, how in towers.items():
         if how not in TRAINED:
             raise ValueError(f"--train_{tower} must be one of {TRAINED}, got {how!r}.")

@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval_report import write_json, write_text  # noqa: E402
-from modeling_causal2vec import Causal2VecModel, has_fast_bfloat16  # noqa: E402
+from modeling_causal2vec import Causal2VecModel  # noqa: E402
 from packing import cut, sorted_batches  # noqa: E402
+from runtime_utils import has_fast_bfloat16  # noqa: E402
 
 
 TASKS = ("EmotionClassification", "TweetSentimentExtractionClassification", "STS12")

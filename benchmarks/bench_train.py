@@ -216,7 +216,7 @@ def main() -> None:
         if args.bf16 is None:
             import torch
 
-            from modeling_causal2vec import has_fast_bfloat16
+            from runtime_utils import has_fast_bfloat16
 
             args.bf16 = torch.accelerator.is_available() or has_fast_bfloat16()
         result = compare(args)

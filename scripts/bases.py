@@ -24,7 +24,8 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_causal2vec import check_gguf_available, load_backbone, load_backbone_tokenizer, masked_mean
+from loading_utils import check_gguf_available, load_backbone, load_backbone_tokenizer
+from modeling_causal2vec import masked_mean
 
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

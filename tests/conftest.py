@@ -209,14 +209,14 @@ def gguf_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def make_model(backbone_dir):
     """Returns a function that joins two tiny backbones into a Causal2VecModel, or into the model of a baseline."""
-    from baselines import MODELS
     from configuration_causal2vec import WITHOUT_ENCODER
+    from modeling_causal2vec import Causal2VecModel
 
     def make(decoder: str = "llama", encoder: str = "bert", baseline: str | None = None, **kwargs):
         encoder_dir = None if baseline in WITHOUT_ENCODER else backbone_dir(encoder)
         decoder_dir = backbone_dir(decoder)
         torch.manual_seed(1)
-        model = MODELS[baseline].from_encoder_decoder_pretrained(encoder_dir, decoder_dir, **kwargs)
+        model = Causal2VecModel.from_encoder_decoder_pretrained(encoder_dir, decoder_dir, baseline=baseline, **kwargs)
         if model.projector is not None:
             for parameter in model.projector.parameters():  # large enough for the Contextual token to matter
                 torch.nn.init.normal_(parameter, std=0.5)

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import modeling_causal2vec
-from modeling_causal2vec import Causal2VecModel, load_backbone
+from loading_utils import load_backbone
+from modeling_causal2vec import Causal2VecModel
 
 
 def join(backbone_dir, gguf_dir, **kwargs) -> Causal2VecModel:

@@ -32,18 +32,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import modeling_causal2vec
 import packing
+import runtime_utils
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
-from modeling_causal2vec import (
-    Causal2VecModel,
-    Causal2VecPreTrainedModel,
-    find_prompt_template,
-    half_precision_cost,
-    has_fast_bfloat16,
-    masked_mean,
-    position_limit,
-)
+from loading_utils import find_prompt_template, position_limit
+from modeling_causal2vec import Causal2VecModel, Causal2VecPreTrainedModel, masked_mean
+from runtime_utils import half_precision_cost, has_fast_bfloat16
 
 
 PAIRS = [(decoder, "bert") for decoder in DECODERS] + [("llama", encoder) for encoder in ENCODERS if encoder != "bert"]
@@ -327,7 +321,7 @@ class TestBfloat16:
     @pytest.mark.parametrize("how", ["dtype", "autocast"])
     def test_a_slow_dtype_is_told_once(self, bf16_dir, saved_dir, monkeypatch, caplog, how):
         cost = {"dtype": 98.7, "autocast": 87.6}[how]  # a message of its own
-        monkeypatch.setattr(modeling_causal2vec, "half_precision_cost", lambda dtype: cost)
+        monkeypatch.setattr(runtime_utils, "half_precision_cost", lambda dtype: cost)
         model = Causal2VecModel.from_pretrained(bf16_dir if how == "dtype" else saved_dir)
         for _ in range(2):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
@@ -336,7 +330,7 @@ class TestBfloat16:
 
     def test_neither_a_fast_dtype_nor_float32_is_told(self, bf16_dir, saved_dir, monkeypatch, caplog):
         for folder, cost in ((bf16_dir, 0.5), (saved_dir, 76.5)):
-            monkeypatch.setattr(modeling_causal2vec, "half_precision_cost", lambda dtype, cost=cost: cost)
+            monkeypatch.setattr(runtime_utils, "half_precision_cost", lambda dtype, cost=cost: cost)
             Causal2VecModel.from_pretrained(folder).encode(TEXTS, truncation="silent")
         assert "times" not in caplog.text
 

@@ -15,7 +15,7 @@ from datasets import Dataset  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
-from modeling_causal2vec import position_limit  # noqa: E402
+from loading_utils import position_limit  # noqa: E402
 from saving_utils import SHIPPED_CODE  # noqa: E402
 
 

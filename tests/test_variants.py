@@ -9,7 +9,6 @@ from conftest import TEXTS
 from test_configuration import make_config
 from transformers import AutoModel, AutoProcessor
 
-from baselines import MODELS
 from configuration_causal2vec import Causal2VecConfig
 from losses import InfoNCE
 from modeling_causal2vec import Causal2VecModel, check_truncate_dim
@@ -409,17 +408,13 @@ def test_what_cannot_be_combined(values, match):
 
 
 class TestRefusals:
-    def test_the_wrong_class(self, folders):
-        with pytest.raises(ValueError, match="baseline=None, got 'last_token'. Load its folder with AutoModel"):
-            Causal2VecModel(make_config(encoder_config=None, baseline="last_token"))
-        assert type(Causal2VecModel.from_pretrained(folders("last_token"))) is MODELS["last_token"]
-        assert type(MODELS["last_token"].from_pretrained(folders("concat"))) is Causal2VecModel
-
     def test_an_encoder_too_few_or_too_many(self, backbone_dir):
         with pytest.raises(ValueError, match="needs an `encoder`"):
             Causal2VecModel.from_encoder_decoder_pretrained(None, backbone_dir("llama"))
         with pytest.raises(ValueError, match="has no encoder"):
-            MODELS["last_token"].from_encoder_decoder_pretrained(backbone_dir("bert"), backbone_dir("llama"))
+            Causal2VecModel.from_encoder_decoder_pretrained(
+                backbone_dir("bert"), backbone_dir("llama"), baseline="last_token"
+            )
 
 
 class TestSizes:
