@@ -6,7 +6,7 @@ from conftest import TEXTS
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import modeling_causal2vec
+import loading_utils
 from loading_utils import load_backbone
 from modeling_causal2vec import Causal2VecModel
 
@@ -73,6 +73,6 @@ def test_the_special_tokens_are_the_files(backbone_dir, gguf_dir, monkeypatch):
 
 
 def test_without_the_package_it_is_named(backbone_dir, gguf_dir, monkeypatch):
-    monkeypatch.setattr(modeling_causal2vec, "is_gguf_available", lambda: False)
+    monkeypatch.setattr(loading_utils, "is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):
         join(backbone_dir, gguf_dir)
