@@ -265,7 +265,7 @@ def wanted(args: argparse.Namespace) -> list[str]:
 
 def study_settings(args: argparse.Namespace, recipe: dict, tasks: Sequence) -> dict:
     """What all runs of an output folder have in common."""
-    from card import without_machine_paths
+    from training.card import without_machine_paths
 
     places = ("output_dir", "data_dir", "seed")
     settings = {
@@ -297,7 +297,7 @@ def result_file(output: Path, variant: str, seed: int) -> Path:
 
 def run_variant(args: argparse.Namespace, recipe: dict, tasks: Sequence, variant: str, seed: int) -> None:
     """Trains and scores one variant with one seed, and writes its JSON."""
-    from card import without_machine_paths
+    from training.card import without_machine_paths
 
     model, trained = train_variant(args, recipe, variant, seed)
     started = time.monotonic()

@@ -224,7 +224,7 @@ def card_problems(folder: Path, is_adapter: bool) -> Iterator[str]:
             expected[f"the SHA-256 of {name} ({digest})"] = digest in text
     absent = [what for what, found in expected.items() if not found]
     if absent:
-        yield f"README.md does not say {'; '.join(absent)}. `python card.py FOLDER` writes a complete card of a run."
+        yield f"README.md does not say {'; '.join(absent)}. `python -m training.card FOLDER` writes a complete card of a run."
 
 
 def embedding_size(config: dict) -> int | None:

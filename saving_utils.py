@@ -60,7 +60,7 @@ state them here before you publish it.
 {code}
 """
 
-# What every card says, a run's too (card.py).
+# What every card says, a run's too (training/card.py).
 _USE = """A [Causal2Vec](https://arxiv.org/abs/2507.23386) text embedding model:
 {works}.
 {dim} numbers per text, compared by cosine. It needs `torch` 2.11 and `transformers` 5.17, or newer ones; below them it

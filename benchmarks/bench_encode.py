@@ -473,7 +473,7 @@ def bench_precision(args) -> dict:
             result[name]["cosine"] = min(result[name]["cosine"], cosine)
         log(f"{kind}: {result}")
     if args.data_dir is not None:
-        from dev import load_pack
+        from training.dev import load_pack
 
         dev = load_pack(str(Path(args.data_dir, "STSBenchmark")), read_instruction("STSBenchmark"))
         for name, model in models.items():

@@ -46,7 +46,7 @@ def step_timer():
 
 def data_file(args, folder: str) -> str:
     """A data file with the one dataset that is trained on."""
-    from data import read_data_file
+    from training.data import read_data_file
 
     (spec,) = read_data_file(str(ROOT / "recipes/data/bundled.json"), [args.dataset])
     path = Path(folder, "data.json")
@@ -89,9 +89,9 @@ def run_sentence_transformers(args, folder: str) -> list[float]:
     )
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    from data import load_rows, read_data_file
     from modeling_causal2vec import Causal2VecModel
     from sentence_causal2vec import Causal2VecSTModule
+    from training.data import load_rows, read_data_file
 
     (spec,) = read_data_file(data_file(args, folder))
     module = Causal2VecSTModule(Causal2VecModel.from_pretrained(args.model, dtype="float32"))

@@ -54,9 +54,9 @@ def measure(run, towers: Towers, repeats: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    from losses import InfoNCE
     from modeling_causal2vec import Causal2VecModel
     from train import ModelArguments, choose_parameters
+    from training.losses import InfoNCE
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--encoder", default=str(ROOT / "bases" / "all-MiniLM-L6-v2"))

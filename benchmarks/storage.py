@@ -49,7 +49,7 @@ def store(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarray
 
 def shorten(pack, max_documents: int | None) -> int | None:
     """Leaves a retrieval pack this many documents: all that answer a query, then the first others. Returns how many."""
-    from dev import STSDev
+    from training.dev import STSDev
 
     if isinstance(pack, STSDev):
         return None
@@ -66,9 +66,9 @@ def measure(args: argparse.Namespace) -> dict:
     """Scores of all variants on all packs."""
     import torch
 
-    from dev import STSDev, load_pack
     from modeling_causal2vec import Causal2VecModel
     from mteb_encoder import locate
+    from training.dev import STSDev, load_pack
 
     model = Causal2VecModel.from_pretrained(args.model)
     instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))

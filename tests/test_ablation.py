@@ -9,6 +9,8 @@ from eval_packs import retrieval_configs, write_pack, write_sts
 
 import ablation
 import train
+from training.arguments import ModelArguments
+from training.model import choose_parameters, load_model
 
 
 pytest.importorskip("mteb")
@@ -165,10 +167,10 @@ def test_every_variant_is_a_model_that_trains(backbone_dir):
             continue
         values = {"encoder": backbone_dir("bert"), "decoder": backbone_dir("llama"), "lora_r": 2, **flags}
         values = {name: value for name, value in values.items() if value is not None}
-        assert set(values) <= set(train.ModelArguments.__dataclass_fields__) | {"max_examples"}
+        assert set(values) <= set(ModelArguments.__dataclass_fields__) | {"max_examples"}
         values.pop("max_examples", None)
-        args = train.ModelArguments(**values)
-        assert train.choose_parameters(train.load_model(args), args) is not None
+        args = ModelArguments(**values)
+        assert choose_parameters(load_model(args), args) is not None
     rows = [row for _, rows in ablation.STUDIES.values() for row in rows]
     assert {row.variant for row in rows if not row.variant.startswith(ablation.ENCODER)} == set(ablation.VARIANTS)
 

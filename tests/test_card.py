@@ -1,4 +1,4 @@
-"""card.py: every fact of a run and every score is in its card, where the Hub looks for it and where people do."""
+"""training/card.py: every fact of a run and every score is in its card, where the Hub looks for it and where people do."""
 
 import json
 import re
@@ -8,13 +8,13 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from transformers.pipelines import get_supported_tasks
 
-import card
 from configuration_causal2vec import Causal2VecConfig
+from training import card
 
 
 @pytest.fixture
 def folder(saved_dir, run_facts, tmp_path):
-    """What card.py needs of a trained folder."""
+    """What a card needs of a trained folder."""
     for name in ("config.json", "packing.py"):
         (tmp_path / name).write_bytes((saved_dir / name).read_bytes())
     (tmp_path / "training.json").write_text(json.dumps(run_facts))

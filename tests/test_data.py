@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from data import (
+from training.data import (
     BadRow,
     Collator,
     DatasetSpec,

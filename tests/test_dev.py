@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from data import DatasetSpec
-from dev import RetrievalDev, STSDev, held_out, load_pack, ndcg_at_10
+from training.data import DatasetSpec
+from training.dev import RetrievalDev, STSDev, held_out, load_pack, ndcg_at_10
 
 
 def write_pack(folder, configs):

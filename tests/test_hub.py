@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, TEXTS
 from hub_server import TOKEN, File, HubServer, Repo
 
-from card import write_card
 from saving_utils import SHIPPED_CODE, code_table
+from training.card import write_card
 
 
 WORKER = """
@@ -605,7 +605,7 @@ def test_a_dataset_on_the_hub_becomes_training_rows(client, hub, tmp_path):
     hub.repos["tester/pairs"] = repo = Repo()
     repo.commit("main", {"data/train-00000-of-00001.jsonl": File(content, lfs=False)})
     code = """
-from data import DatasetSpec, load_rows, stream_rows
+from training.data import DatasetSpec, load_rows, stream_rows
 spec = DatasetSpec("pairs", "tester/pairs", ["find"])
 value = [load_rows(spec, "nowhere", cache).to_list(), list(stream_rows(spec, "nowhere"))]
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from losses import (
+from training.losses import (
     InfoNCE,
     RandomState,
     gradcache_backward,

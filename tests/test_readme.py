@@ -108,7 +108,7 @@ def test_files_are_searched_and_encoded(clone):
 
 
 def test_a_newcomers_model_can_be_pushed(clone):
-    (block,) = [code for code in snippets("bash") if f"card.py {TRAINED}" in code]
+    (block,) = [code for code in snippets("bash") if f"training.card {TRAINED}" in code]
     lines = block.splitlines()
     assert lines[2] == lines[1].split(" --dry_run")[0]  # the same without --dry_run, which test_hub.py tests
     told = run_bash("\n".join(lines[:2]), clone)
@@ -145,6 +145,7 @@ def test_command(command):
     if script == "train.py":  # its arguments are transformers' too
         from transformers import TrainingArguments
 
+        source += (ROOT / "training" / "arguments.py").read_text(encoding="utf-8")
         source += " ".join(f"--{name}" for name in TrainingArguments.__dataclass_fields__)
     behind = words[words.index(script) :]
     for option in (word.lstrip("-").split("=")[0] for word in behind if word.startswith("--")):
@@ -169,6 +170,6 @@ def test_what_the_hub_offers_works():
 
 
 def test_hashes_of_the_shipped_code():
-    """`python card.py . --hashes` brings them up to date."""
+    """`python -m training.card . --hashes` brings them up to date."""
     told = dict(re.findall(r"\| `([\w.]+\.py)` \| `([0-9a-f]{64})` \|", TEXT))
     assert told == code_hashes(ROOT)

@@ -55,7 +55,7 @@ def test_table_and_picture(tmp_path):
 
 
 def test_shortened_corpus_keeps_every_answer():
-    from dev import RetrievalDev
+    from training.dev import RetrievalDev
 
     pack = RetrievalDev("x", ["q1", "q2"], ["a", "b", "c", "d", "e"], [{3}, {0, 4}], None)
     assert storage.shorten(pack, 4) == 4

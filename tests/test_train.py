@@ -15,9 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
+from transformers.trainer_utils import seed_worker
 
 import train
 from modeling_causal2vec import Causal2VecModel
+from training import arguments
+from training.arguments import ModelArguments
+from training.model import choose_parameters, load_model, name_of_base
+from training.trainer import COMPLETE, NonFiniteLoss, last_complete_checkpoint
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,8 +169,8 @@ def test_every_trained_tensor_is_in_every_checkpoint(run, tmp_path, how):
 
 
 def test_lora_stays_in_its_tower(make_model):
-    args = train.ModelArguments(encoder="e", decoder="d", train_decoder="lora", train_encoder="frozen", lora_r=2)
-    model = train.choose_parameters(make_model(), args)
+    args = ModelArguments(encoder="e", decoder="d", train_decoder="lora", train_encoder="frozen", lora_r=2)
+    model = choose_parameters(make_model(), args)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     lora = [name for name in trained if "lora_" in name]
     assert lora and all(".decoder." in name for name in lora)
@@ -177,8 +182,8 @@ def test_lora_stays_in_its_tower(make_model):
 
 
 def test_lora_on_both_towers(make_model):
-    args = train.ModelArguments(train_decoder="lora", train_encoder="lora", lora_r=2)
-    model = train.choose_parameters(make_model(), args)
+    args = ModelArguments(train_decoder="lora", train_encoder="lora", lora_r=2)
+    model = choose_parameters(make_model(), args)
     lora = [name for name, p in model.named_parameters() if "lora_" in name]
     assert any(".encoder." in name for name in lora) and any(".decoder." in name for name in lora)
     assert not any("projector" in name for name in lora)
@@ -187,7 +192,7 @@ def test_lora_on_both_towers(make_model):
 @pytest.mark.parametrize("towers", [{"train_decoder": "lorra"}, {"train_decoder": "full", "train_encoder": "Lora"}])
 def test_no_tower_is_trained_in_a_way_that_there_is_none_of(make_model, towers):
     with pytest.raises(ValueError, match="must be one of .*lora.*full.*frozen"):
-        train.choose_parameters(make_model(), train.ModelArguments(**towers))
+        choose_parameters(make_model(), ModelArguments(**towers))
 
 
 @pytest.mark.parametrize(
@@ -204,18 +209,18 @@ def test_how_an_adapter_names_its_base(tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     for folder in ("models/mine", "run/base"):
         Path(folder).mkdir(parents=True)
-    assert train.name_of_base(train.ModelArguments(**flags), Path("run/adapter")) == named
+    assert name_of_base(ModelArguments(**flags), Path("run/adapter")) == named
 
 
 def test_mixing_lora_and_full_is_refused(make_model):
     with pytest.raises(ValueError, match="cannot be combined"):
-        train.choose_parameters(make_model(), train.ModelArguments(train_decoder="lora", train_encoder="full"))
+        choose_parameters(make_model(), ModelArguments(train_decoder="lora", train_encoder="full"))
 
 
 @pytest.mark.parametrize("how", ["lora", "full"])
 def test_what_is_trained_is_fp32_under_bf16(make_model, how):
-    args = train.ModelArguments(train_decoder=how, train_encoder="frozen", lora_r=2)
-    model = train.choose_parameters(make_model(dtype="bfloat16"), args)
+    args = ModelArguments(train_decoder=how, train_encoder="frozen", lora_r=2)
+    model = choose_parameters(make_model(dtype="bfloat16"), args)
     dtypes = {p.requires_grad: set() for p in model.parameters()}
     for p in model.parameters():
         dtypes[p.requires_grad].add(p.dtype)
@@ -237,7 +242,7 @@ def test_a_resumed_run_continues_as_if_never_interrupted(run, tmp_path):
     interrupted = tmp_path / "interrupted"
     shutil.copytree(tmp_path / "straight", interrupted)
     shutil.rmtree(interrupted / "model")
-    (interrupted / "checkpoint-4" / train.COMPLETE).unlink()
+    (interrupted / "checkpoint-4" / COMPLETE).unlink()
     (interrupted / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     resumed = run(*flags, "--resume", output_dir=interrupted)
     assert losses(resumed.parent) == losses(straight.parent)
@@ -285,7 +290,7 @@ def test_a_streamed_run_trains_and_resumes(run, tmp_path):
     assert "streamed" in (straight / "README.md").read_text()
     interrupted = tmp_path / "interrupted"
     shutil.copytree(tmp_path / "straight", interrupted)
-    (interrupted / "checkpoint-4" / train.COMPLETE).unlink()
+    (interrupted / "checkpoint-4" / COMPLETE).unlink()
     resumed = run(*flags, "--resume", output_dir=interrupted)
     assert losses(resumed.parent) == losses(straight.parent)
     assert not (straight.parent / "data").exists()  # no copy of the rows
@@ -387,10 +392,10 @@ def test_what_another_run_left_is_not_overwritten(run, tmp_path, monkeypatch, le
 def test_only_complete_checkpoints_count(tmp_path):
     for step in (5, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert train.last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
     for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / train.COMPLETE).touch()
-    assert train.last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
+        (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
 
 
 def test_gradcache_run_equals_the_full_batch(run, tmp_path):
@@ -427,9 +432,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
         return forward(self, *args) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(train.InfoNCE, "forward", poisoned)
-    with pytest.raises(train.NonFiniteLoss, match=r"dataset '(one|two)', rows \[\d+"):
+    with pytest.raises(NonFiniteLoss, match=r"dataset '(one|two)', rows \[\d+"):
         run()
-    assert train.last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
 
 
 def test_dry_run_prints_the_plan_and_a_batch_and_trains_nothing(run, capsys, tmp_path):
@@ -447,7 +452,7 @@ def test_a_gguf_decoder(run, gguf_dir, capsys, tmp_path):
     run("--decoder", gguf_dir, "--decoder_gguf_file", "tiny.gguf", "--dry_run")
     assert "<|im_start|>user" in capsys.readouterr().out  # of the tokenizer in the file
     with pytest.raises(ValueError, match="leave out --decoder_gguf_file"):
-        train.load_model(train.ModelArguments(model=str(tmp_path), decoder_gguf_file="tiny.gguf"))
+        load_model(ModelArguments(model=str(tmp_path), decoder_gguf_file="tiny.gguf"))
 
 
 def test_dev_scores_choose_the_step(run):
@@ -482,9 +487,9 @@ def test_arguments_that_cannot_work(run, tmp_path):
         run("--model", "x")
     for changed in ({"query_instruction": "find"}, {"max_seq_length": 64}, {"text_prefix": "> "}, {"pooling": "eos"}):
         with pytest.raises(ValueError, match=f"stays as it is; leave out --{[*changed][0]}"):
-            train.load_model(train.ModelArguments(model="x", **changed))
+            load_model(ModelArguments(model="x", **changed))
     with pytest.raises(ValueError, match="Give either --model"):
-        train.load_model(train.ModelArguments(model="x", encoder="y"))
+        load_model(ModelArguments(model="x", encoder="y"))
     for flags, told in (
         (("--dtype", "bfloat16"), "--dtype bfloat16 needs --bf16 true"),
         (("--base_id", "runs/x/base"), "--base_id must be a Hub id"),
@@ -543,10 +548,12 @@ def test_what_a_recipe_can_hold(tmp_path):
 
 def test_a_processor_without_bfloat16_is_told(run, monkeypatch, caplog):
     for fast in (True, False):
-        monkeypatch.setattr(train, "has_fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(arguments, "has_fast_bfloat16", lambda fast=fast: fast)
         caplog.clear()
         run("--dtype", "bfloat16", "--bf16", "true", "--dry_run")
-        assert sum("float32" in record.message for record in caplog.records if record.name == "train") == (not fast)
+        assert sum("float32" in record.message for record in caplog.records if record.name == arguments.__name__) == (
+            not fast
+        )
 
 
 def test_deepspeed_is_refused(run, monkeypatch):
@@ -574,7 +581,7 @@ def test_the_loader_has_what_the_arguments_say(run, tmp_path, monkeypatch):
         folder = run("--max_steps", 1, "--save_strategy", "no", *flags, *way, output_dir=tmp_path / f"{len(way)}")
         assert len(losses(folder.parent)) == 1
         assert {name: getattr(loaders[-1], name) for name in options} == options
-        assert loaders[-1].worker_init_fn.func is train.seed_worker
+        assert loaders[-1].worker_init_fn.func is seed_worker
     assert len(loaders) == 2
 
 
@@ -664,14 +671,14 @@ def test_a_frozen_encoder_is_read_once_per_text(run, monkeypatch):
 def test_variants_that_cannot_be_trained(run, saved_dir, backbone_dir):
     with pytest.raises(ValueError, match="'last_token' has no encoder"):
         run("--baseline", "last_token", "--train_encoder", "lora")
-    args = train.ModelArguments(model=str(saved_dir), pooling="eos", bidirectional=True)
+    args = ModelArguments(model=str(saved_dir), pooling="eos", bidirectional=True)
     with pytest.raises(ValueError, match="leave out --pooling --bidirectional"):
-        train.load_model(args)
+        load_model(args)
     with pytest.raises(ValueError, match="`pooling` must be 'concat' for the baseline"):
         run("--baseline", "last_token", "--pooling", "average")
 
 
 def test_going_on_from_a_baseline(run, make_model, tmp_path):
     make_model(baseline="token_prepending").save_pretrained(tmp_path / "start")
-    args = train.ModelArguments(model=str(tmp_path / "start"))
-    assert train.load_model(args).config.baseline == "token_prepending"
+    args = ModelArguments(model=str(tmp_path / "start"))
+    assert load_model(args).config.baseline == "token_prepending"

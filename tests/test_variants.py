@@ -10,9 +10,9 @@ from test_configuration import make_config
 from transformers import AutoModel, AutoProcessor
 
 from configuration_causal2vec import Causal2VecConfig
-from losses import InfoNCE
 from modeling_causal2vec import Causal2VecModel, check_truncate_dim
 from prefix_cache import ModuleScan
+from training.losses import InfoNCE
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"

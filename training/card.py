@@ -1,7 +1,7 @@
 """The model card that a trained folder carries: what it is, how to use it, and the facts of its run and its evaluation.
 
-    python card.py runs/mine/model --license apache-2.0 --results results/mine
-    python card.py . --hashes                  # of a card that people wrote: only its SHA-256 rows
+    python -m training.card runs/mine/model --license apache-2.0 --results results/mine
+    python -m training.card . --hashes                  # of a card that people wrote: only its SHA-256 rows
 
 `train.py` writes the card of each folder that it leaves; this command writes it again with what only people know (the
 licence) or only an evaluation knows (scores). Invariant: every number in a card comes from a file that a run wrote.
@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig
-from data import SUFFIXES
 from saving_utils import LIBRARY, PIPELINE_TAG, TAGS, card_sections, is_hub_id, refresh_hashes
+from training.data import SUFFIXES
 
 
 TEMPLATE = """
@@ -168,7 +168,7 @@ def without_machine_paths(value):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m training.card", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a model folder, such as train.py leaves")
     parser.add_argument("--name", help="title of the card (default: the folder's name)")
     parser.add_argument("--license", help="the Hub's identifier of the weights' licence, such as apache-2.0")
