@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from eval_report import markdown_table, read_run, save_figure, write_json, write_text
-from mteb_encoder import Noise, log, read_json
+from evaluation.encoder import Noise, log, read_json
+from evaluation.plots import save_figure
+from evaluation.report import markdown_table, read_run
+from saving_utils import write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent
@@ -180,7 +182,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", default=QUICK_TASKS, metavar="TASK", help=f"tasks (default: {' '.join(QUICK_TASKS)})")
     add("--eval_batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
     add(
-        "--noise", default=str(ROOT / "noise.txt"), metavar="FILE", help="lines for the noise test (default: noise.txt)"
+        "--noise",
+        default=str(ROOT / "evaluation" / "noise.txt"),
+        metavar="FILE",
+        help="lines for the noise test (default: evaluation/noise.txt)",
     )
     add("--icl", metavar="DIR", help="in-context examples, DIR/<task>.json; without, the ICL variant is not run")
     add("--encoders", nargs="+", default=[], metavar="NAME=FOLDER", help="other encoders to try, such as gte-small=DIR")
@@ -215,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join([f"{len(todo)} runs to do:", *(f"{variant}, seed {seed}" for variant, seed in todo)]))
         return
 
-    from mteb_tasks import select_tasks
+    from evaluation.tasks import select_tasks
 
     tasks = select_tasks(args.tasks, args.data_dir)
     check_settings((args.output, args.work), study_settings(args, recipe, tasks))

@@ -266,6 +266,20 @@ def code_hashes(folder: str | Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
 
 
+def write_json(path: str | Path, value) -> None:
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    incomplete.write_text(text, encoding="utf-8")
+    os.replace(incomplete, path)
+
+
 @contextmanager
 def new_files(target: str | Path) -> Iterator[Path]:
     """

@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval_report import write_json, write_text  # noqa: E402
 from modeling_causal2vec import Causal2VecModel  # noqa: E402
 from packing import cut, sorted_batches  # noqa: E402
 from runtime_utils import has_fast_bfloat16  # noqa: E402
+from saving_utils import write_json, write_text  # noqa: E402
 
 
 TASKS = ("EmotionClassification", "TweetSentimentExtractionClassification", "STS12")

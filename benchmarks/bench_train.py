@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(ROOT))
 
-from eval_report import write_json  # noqa: E402
+from saving_utils import write_json  # noqa: E402
 
 
 def step_timer():

@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval_report import write_json, write_text  # noqa: E402
+from saving_utils import write_json, write_text  # noqa: E402
 
 
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
@@ -66,8 +66,8 @@ def measure(args: argparse.Namespace) -> dict:
     """Scores of all variants on all packs."""
     import torch
 
+    from evaluation.identity import locate
     from modeling_causal2vec import Causal2VecModel
-    from mteb_encoder import locate
     from training.dev import STSDev, load_pack
 
     model = Causal2VecModel.from_pretrained(args.model)

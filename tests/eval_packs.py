@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import mteb_encoder
+from evaluation.encoder import MTEBEncoder, ranks
 
 
 SUBJECTS = ("The cat", "A doctor", "My neighbour", "The old bridge", "This recipe", "Her brother", "A small boat")
@@ -119,13 +119,13 @@ class Stub:
 
     def encode(self, texts, instruction, examples, batch_size, side):
         self.truncated = self.truncated + Counter(texts=len(texts))
-        return np.array([[len(text), mteb_encoder.ranks()[0]] for text in texts], dtype=np.float32)
+        return np.array([[len(text), ranks()[0]] for text in texts], dtype=np.float32)
 
 
 def embed_in_a_process(rank: int, rendezvous: str, results: str) -> None:
     """Embeds nine texts as one of two processes."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    encoder = mteb_encoder.MTEBEncoder(Stub(), None, {"dtype": "fp32"}, lambda metadata, side: None)
+    encoder = MTEBEncoder(Stub(), None, {"dtype": "fp32"}, lambda metadata, side: None)
     np.save(f"{results}.{rank}.npy", encoder.embed(["a" * i for i in range(9)], None, None))
     assert encoder.truncated["texts"] == 9  # as the stub has it, in either process
     torch.distributed.destroy_process_group()

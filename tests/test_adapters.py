@@ -12,8 +12,8 @@ from test_loading import REFUSED, SHARD, same, weights_in
 from transformers import AutoModel
 
 import saving_utils
+from evaluation.identity import folder_identity
 from modeling_causal2vec import Causal2VecModel
-from mteb_encoder import folder_identity
 
 
 peft = pytest.importorskip("peft")

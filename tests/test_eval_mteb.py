@@ -24,9 +24,10 @@ from eval_packs import (
 )
 
 import eval_mteb
-import mteb_encoder
-from eval_report import load_paper, read_run
-from mteb_encoder import Examples, Instructions, Noise
+from evaluation.encoder import Examples, Instructions, Noise
+from evaluation.identity import CODE, folder_identity, load_for_mteb, locate
+from evaluation.report import load_paper, read_run
+from evaluation.run import result_cache, run, run_task
 
 
 mteb = pytest.importorskip("mteb")
@@ -62,7 +63,7 @@ def options(checkpoint, data_dir, output, *more) -> argparse.Namespace:
 
 def load(checkpoint, data_dir, output, *more):
     """Tasks and encoder, as `main` makes them."""
-    from mteb_tasks import select_tasks
+    from evaluation.tasks import select_tasks
 
     args = options(checkpoint, data_dir, output, *more)
     tasks = select_tasks(args.tasks, args.data_dir)
@@ -91,8 +92,8 @@ def counting(encoder, **kwargs):
 
 
 def scores(output) -> dict[str, float]:
-    run = read_run(output)
-    return {**run.scores, **run.other}
+    scored = read_run(output)
+    return {**scored.scores, **scored.other}
 
 
 # ------------------------------------------------------------------------------------------------------------- protocol
@@ -103,7 +104,7 @@ def test_mtebs_own_mock_tasks_pass(checkpoint):
     from mteb.mocks.mock_run import get_compatible_mock_tasks, mock_run
     from mteb.models import EncoderProtocol
 
-    encoder = mteb_encoder.load_for_mteb(str(checkpoint))
+    encoder = load_for_mteb(str(checkpoint))
     encoder.instruction_for = Instructions({task.metadata.name: "Compare" for task in ALL_MOCK_TASK_TEST_GRID})
     assert isinstance(encoder, EncoderProtocol)
     results = mock_run(encoder)
@@ -117,18 +118,18 @@ def test_all_seven_types_run_from_folders(checkpoint, tmp_path):
     main_scores = write_all_types(tmp_path / "data")
     tasks, encoder = load(checkpoint, tmp_path / "data", tmp_path / "out")
     assert {task.type for task in tasks} == set(load_paper()["categories"])
-    assert eval_mteb.run(tasks, [encoder], tmp_path / "out") == []
+    assert run(tasks, [encoder], tmp_path / "out") == []
 
-    run = read_run(tmp_path / "out")
-    assert run.scores == {} and set(run.other) == set(main_scores)
-    for name, score in run.other.items():
-        record = run.records[name]
+    scored = read_run(tmp_path / "out")
+    assert scored.scores == {} and set(scored.other) == set(main_scores)
+    for name, score in scored.other.items():
+        record = scored.records[name]
         (entry,) = json.loads((tmp_path / "out" / record["result"]).read_text())["scores"]["test"]
         assert record["main_score"] == main_scores[name]
         assert score == pytest.approx(100 * entry[main_scores[name]]) and np.isfinite(score)
         assert record["texts"] > 0 and record["max_characters"] >= record["mean_characters"] > 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["means"] == {} and summary["other_mean"] == pytest.approx(np.mean(list(run.other.values())))
+    assert summary["means"] == {} and summary["other_mean"] == pytest.approx(np.mean(list(scored.other.values())))
 
 
 class Precomputed:
@@ -165,7 +166,7 @@ def test_scores_equal_those_of_a_plain_script(checkpoint, tiny_model, tmp_path, 
     write_pack(tmp_path / "data" / "STS16", {"default": {"test": pairs}})
     write_pack(tmp_path / "data" / "SciFact", configs)
     tasks, encoder = load(checkpoint, tmp_path / "data", tmp_path / "out")
-    eval_mteb.run(tasks, [encoder], tmp_path / "out")
+    run(tasks, [encoder], tmp_path / "out")
 
     instructions = json.loads((ROOT / "instructions.json").read_text())
     pair_texts = [row[key] for row in pairs for key in ("sentence1", "sentence2")]
@@ -211,7 +212,7 @@ def subsampled_packs():
 
 
 def test_similarities_are_computed_in_fp32(checkpoint):
-    encoder = mteb_encoder.load_for_mteb(str(checkpoint))
+    encoder = load_for_mteb(str(checkpoint))
     a, b = torch.randn(5, 64).bfloat16(), torch.randn(7, 64).bfloat16()
     expected = torch.nn.functional.cosine_similarity(a.double()[:, None], b.double()[None], dim=-1)
     similarities = encoder.similarity(a, b.float().numpy())
@@ -240,8 +241,8 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(checkpoint, data
     """It takes part in the exchange first, and the others learn there that its share is missing."""
     tasks, encoder = load(checkpoint, data_dir, tmp_path)
     met = []
-    monkeypatch.setattr(mteb_encoder, "ranks", lambda: (0, 2))
-    monkeypatch.setattr(mteb_encoder, "gather", lambda mine: met.append(mine) or mine)
+    monkeypatch.setattr("evaluation.encoder.ranks", lambda: (0, 2))
+    monkeypatch.setattr("evaluation.encoder.gather", lambda mine: met.append(mine) or mine)
     metadata = tasks[0].leaves()[0].metadata
     with pytest.raises(RuntimeError, match="Another process could not embed"):
         encoder.embed(["one", "two"], metadata, None)
@@ -286,7 +287,7 @@ def test_every_benchmark_task_has_an_instruction():
 
 
 def test_parts_of_an_aggregate_have_its_instruction():
-    from mteb_tasks import select_tasks
+    from evaluation.tasks import select_tasks
 
     (task,) = select_tasks(["CQADupstackRetrieval"])
     instructions = Instructions.read(ROOT / "instructions.json", [task])
@@ -353,7 +354,7 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
     limit = encoder.backend.model.config.icl_max_seq_length
     head = encoder.backend.model.processor.encode_head
     assert len(head(instruction, fitting)) <= limit - limit // 4 < len(head(instruction, examples[: len(fitting) + 1]))
-    record = eval_mteb.run_task(task, encoder, tmp_path / "out", eval_mteb.result_cache(tmp_path / "out"))
+    record = run_task(task, encoder, tmp_path / "out", result_cache(tmp_path / "out"))
     assert record["examples"]["text"]["count"] == len(fitting) and record["examples"]["text"]["of"] == 20
     assert f"STS16, text: only {len(fitting)} of 20 examples leave room" in capsys.readouterr().err
 
@@ -362,14 +363,14 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
 
 
 def test_noise_depends_on_text_and_seed_alone():
-    noise = Noise.read(ROOT / "noise.txt", seed=3)
+    noise = Noise.read(ROOT / "evaluation" / "noise.txt", seed=3)
     texts = sentences(30, 0)
     noisy = [noise(text) for text in texts]
-    assert noisy == [Noise.read(ROOT / "noise.txt", seed=3)(text) for text in texts]
+    assert noisy == [Noise.read(ROOT / "evaluation" / "noise.txt", seed=3)(text) for text in texts]
     assert all(after.startswith(before + " ") for before, after in zip(texts, noisy))
     appended = {after.removeprefix(before + " ") for before, after in zip(texts, noisy)}
     assert appended <= set(noise.lines) and len(appended) > 5
-    other = Noise.read(ROOT / "noise.txt", seed=4)
+    other = Noise.read(ROOT / "evaluation" / "noise.txt", seed=4)
     assert noisy != [other(text) for text in texts] and other.digest != noise.digest
 
 
@@ -382,24 +383,24 @@ def test_an_empty_noise_file_is_an_error(tmp_path):
 def test_noisy_scores_stand_beside_clean_ones(checkpoint, data_dir, tmp_path):
     output = tmp_path / "out"
     eval_mteb.main([*cli(checkpoint, data_dir, output), "--tasks", "all", "--noise"])
-    run = read_run(output)
-    assert set(run.noisy) == {"STS16", "SciFact", "X-Mine"}
-    clean = {**run.scores, **run.other}
-    assert all(run.noisy[task] != clean[task] for task in clean)
+    scored = read_run(output)
+    assert set(scored.noisy) == {"STS16", "SciFact", "X-Mine"}
+    clean = {**scored.scores, **scored.other}
+    assert all(scored.noisy[task] != clean[task] for task in clean)
 
     # what a noisy score is: the clean score of data that hold the noise themselves
-    noise = Noise.read(ROOT / "noise.txt", 0)
+    noise = Noise.read(ROOT / "evaluation" / "noise.txt", 0)
     rows = [
         {key: noise(value) if isinstance(value, str) else value for key, value in row.items()} for row in sts_rows(1)
     ]
     write_pack(tmp_path / "noisy" / "STS16", {"default": {"test": rows}})
     eval_mteb.main([*cli(checkpoint, tmp_path / "noisy", tmp_path / "out2"), "--tasks", "STS16"])
-    assert scores(tmp_path / "out2")["STS16"] == pytest.approx(run.noisy["STS16"], abs=1e-3)
+    assert scores(tmp_path / "out2")["STS16"] == pytest.approx(scored.noisy["STS16"], abs=1e-3)
 
     rows = json.loads((output / "summary.json").read_text())["noise"]
     assert [row["task"] for row in rows] == ["SciFact", "STS16", "X-Mine", "Mean over 3 tasks"]
     for row in rows[:-1]:
-        assert row["drop"] == pytest.approx(clean[row["task"]] - run.noisy[row["task"]])
+        assert row["drop"] == pytest.approx(clean[row["task"]] - scored.noisy[row["task"]])
     assert rows[-1]["drop"] == pytest.approx(np.mean([row["drop"] for row in rows[:-1]]))
     assert "With noise" in (output / "summary.md").read_text()
 
@@ -455,8 +456,8 @@ def test_two_checkpoints_never_share_a_result(checkpoint, tiny_model, data_dir, 
     assert scores(tmp_path / "a") != scores(tmp_path / "b")
 
     # and in mteb's own store, were they to share it
-    metas = [mteb_encoder.load_for_mteb(str(folder)).mteb_model_meta for folder in (checkpoint, other)]
-    cache = eval_mteb.result_cache(tmp_path / "shared")
+    metas = [load_for_mteb(str(folder)).mteb_model_meta for folder in (checkpoint, other)]
+    cache = result_cache(tmp_path / "shared")
     paths = {cache.get_task_result_path("STS16", meta) for meta in metas}
     assert len(paths) == 2 and metas[0].name == metas[1].name == "local/tiny"
 
@@ -464,42 +465,42 @@ def test_two_checkpoints_never_share_a_result(checkpoint, tiny_model, data_dir, 
 def test_identity_is_of_weights_configuration_tokenizers_and_code(checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
-    identity = mteb_encoder.folder_identity(folder, True)
-    assert identity == mteb_encoder.folder_identity(checkpoint, True) and len(identity) == 40
+    identity = folder_identity(folder, True)
+    assert identity == folder_identity(checkpoint, True) and len(identity) == 40
     (folder / "README.md").write_text("changed")
     (folder / "results").mkdir()
     (folder / "results" / "x.json").write_text("{}")
-    assert mteb_encoder.folder_identity(folder, True) == identity
+    assert folder_identity(folder, True) == identity
     for name in ("config.json", "tokenizer.json", "encoder_tokenizer/tokenizer.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("{", "{ ", 1))
-        assert mteb_encoder.folder_identity(folder, True) != identity, name
+        assert folder_identity(folder, True) != identity, name
         (folder / name).write_text(text)
-    assert mteb_encoder.folder_identity(folder, True) == identity
+    assert folder_identity(folder, True) == identity
 
     code = tmp_path / "code"
     code.mkdir()
-    for name in mteb_encoder.CODE:
+    for name in CODE:
         shutil.copy(ROOT / name, code)
-    monkeypatch.setattr(mteb_encoder, "ROOT", code)
+    monkeypatch.setattr("evaluation.identity.ROOT", code)
     file = code / "modeling_causal2vec.py"
     text = file.read_text()
     file.write_text(text.replace('"""', '"""Another docstring. ', 1) + "\n# a comment\n")
-    assert mteb_encoder.folder_identity(folder, True) == identity
+    assert folder_identity(folder, True) == identity
     file.write_text(text + "\nx = 1\n")
-    assert mteb_encoder.folder_identity(folder, True) != identity
+    assert folder_identity(folder, True) != identity
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither config.json nor modules.json"):
-        mteb_encoder.locate(str(tmp_path))
+        locate(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "causal2vec"}')
     with pytest.raises(FileNotFoundError, match="no weights"):
-        mteb_encoder.locate(str(tmp_path))
+        locate(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="No folder"):
-        mteb_encoder.locate("./nowhere")
+        locate("./nowhere")
     with pytest.raises(FileNotFoundError, match="No Python package"):
-        mteb_encoder.locate("package:no_such_package")
+        locate("package:no_such_package")
 
 
 def test_a_hub_id_is_identified_by_its_commit(monkeypatch, tmp_path):
@@ -515,7 +516,7 @@ def test_a_hub_id_is_identified_by_its_commit(monkeypatch, tmp_path):
         return str(snapshot / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    location = mteb_encoder.locate("org/model", "main")
+    location = locate("org/model", "main")
     assert asked == [("org/model", "config.json", "main")]
     assert (location.name, location.revision, location.commit) == ("org/model", snapshot.name, snapshot.name)
     assert location.is_causal2vec
@@ -560,13 +561,13 @@ def test_model_meta_says_what_the_model_is(checkpoint, tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     (folder / "README.md").write_text("---\ndatasets:\n- org/one\n- two\nlicense: apache-2.0\n---\n# Model\n")
-    meta = mteb_encoder.load_for_mteb(str(folder)).mteb_model_meta
-    assert meta.name == "local/model" and meta.revision == mteb_encoder.folder_identity(folder, True)
-    assert meta.loader.func is mteb_encoder.load_for_mteb
+    meta = load_for_mteb(str(folder)).mteb_model_meta
+    assert meta.name == "local/model" and meta.revision == folder_identity(folder, True)
+    assert meta.loader.func is load_for_mteb
     assert meta.embed_dim == 2 * tiny_model.config.hidden_size and meta.max_tokens == tiny_model.config.max_seq_length
     assert meta.n_parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
     assert meta.training_datasets == {"org/one", "two"} and meta.use_instructions
-    assert mteb_encoder.load_for_mteb(str(checkpoint)).mteb_model_meta.training_datasets is None
+    assert load_for_mteb(str(checkpoint)).mteb_model_meta.training_datasets is None
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -576,20 +577,20 @@ def test_an_interrupted_run_goes_on_where_it_was(checkpoint, data_dir, tmp_path)
     output = tmp_path / "out"
     tasks, encoder = load(checkpoint, data_dir, output)
     whole = counting(encoder)
-    eval_mteb.run(tasks, [whole], tmp_path / "whole")
+    run(tasks, [whole], tmp_path / "whole")
 
     with pytest.raises(KeyboardInterrupt):  # every task calls twice
-        eval_mteb.run(tasks, [counting(encoder, fail_at=3)], output)
+        run(tasks, [counting(encoder, fail_at=3)], output)
     assert set(scores(output)) == {tasks[0].name}
     assert not json.loads((output / "records" / f"{tasks[1].name}.json").read_text())["finished"]
 
     rest = counting(encoder)
-    assert eval_mteb.run(tasks, [rest], output) == []
+    assert run(tasks, [rest], output) == []
     assert rest.backend.calls == whole.backend.calls - 2
     assert scores(output) == scores(tmp_path / "whole")
 
     nothing = counting(encoder)
-    eval_mteb.run(tasks, [nothing], output)
+    run(tasks, [nothing], output)
     assert nothing.backend.calls == 0
 
 
@@ -598,13 +599,13 @@ def test_a_finished_split_is_not_computed_again(checkpoint, tmp_path):
     write_pack(tmp_path / "data" / "X-Two", {"default": {"a": sts_rows(1), "b": sts_rows(2)}}, task)
     tasks, encoder = load(checkpoint, tmp_path / "data", tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        eval_mteb.run(tasks, [counting(encoder, fail_at=2)], tmp_path / "out")
+        run(tasks, [counting(encoder, fail_at=2)], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no finished results"):
         read_run(tmp_path / "out")
     rest = counting(encoder)
-    eval_mteb.run(tasks, [rest], tmp_path / "out")
+    run(tasks, [rest], tmp_path / "out")
     assert rest.backend.calls == 2
-    eval_mteb.run(tasks, [encoder], tmp_path / "whole")
+    run(tasks, [encoder], tmp_path / "whole")
     assert scores(tmp_path / "out") == scores(tmp_path / "whole")
 
 
@@ -612,19 +613,19 @@ def test_scoring_again_can_be_interrupted_too(checkpoint, data_dir, tmp_path):
     """What was there before is not taken for the new result."""
     output = tmp_path / "out"
     tasks, encoder = load(checkpoint, data_dir, output, "--tasks", "STS16")
-    eval_mteb.run(tasks, [encoder], output)
+    run(tasks, [encoder], output)
     before = scores(output)
     changed = replace(encoder, instruction_for=Instructions({"STS16": "Another"}), lengths=[])
     with pytest.raises(KeyboardInterrupt):
-        eval_mteb.run(tasks, [counting(changed, fail_at=1)], output, overwrite=True)
-    assert eval_mteb.run(tasks, [changed], output) == []
+        run(tasks, [counting(changed, fail_at=1)], output, overwrite=True)
+    assert run(tasks, [changed], output) == []
     assert scores(output) != before
-    eval_mteb.run(tasks, [changed], tmp_path / "whole")
+    run(tasks, [changed], tmp_path / "whole")
     assert scores(output) == scores(tmp_path / "whole")
 
 
 def test_parts_of_an_aggregate_are_not_reused_under_another_instruction(checkpoint, tmp_path, capsys):
-    from mteb_tasks import select_tasks
+    from evaluation.tasks import select_tasks
 
     (whole,) = select_tasks(["CQADupstackRetrieval"])
     for seed, part in enumerate(whole.leaves()):
@@ -632,14 +633,14 @@ def test_parts_of_an_aggregate_are_not_reused_under_another_instruction(checkpoi
     output = tmp_path / "out"
     tasks, encoder = load(checkpoint, tmp_path / "data", output)
     with pytest.raises(KeyboardInterrupt):  # in the third part
-        eval_mteb.run(tasks, [counting(encoder, fail_at=5)], output)
+        run(tasks, [counting(encoder, fail_at=5)], output)
     changed = replace(
         encoder, instruction_for=Instructions({name: "Another" for name in encoder.instruction_for.table})
     )
-    assert eval_mteb.run(tasks, [changed], output) == ["CQADupstackRetrieval"]
+    assert run(tasks, [changed], output) == ["CQADupstackRetrieval"]
     assert "records another instruction" in capsys.readouterr().err
     rest = counting(encoder)
-    assert eval_mteb.run(tasks, [rest], output) == []
+    assert run(tasks, [rest], output) == []
     assert rest.backend.calls == 2 * (12 - 2)
     parts = [
         json.loads(next((output / "results").rglob(f"{part.metadata.name}.json")).read_text())
@@ -662,9 +663,9 @@ def test_a_half_written_result_never_appears(checkpoint, data_dir, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(TaskResult, "to_disk", write_half)
         with pytest.raises(KeyboardInterrupt):
-            eval_mteb.run(tasks, [encoder], output)
+            run(tasks, [encoder], output)
     assert not list(output.rglob("SciFact.json"))[1:]  # the record, which says that it is not finished
-    assert eval_mteb.run(tasks, [encoder], output) == []
+    assert run(tasks, [encoder], output) == []
     assert set(scores(output)) == {"SciFact", "STS16", "X-Mine"}
     assert not [path for path in output.rglob("*") if "incomplete" in path.name]
 
@@ -673,16 +674,16 @@ def test_a_task_that_fails_does_not_stop_the_others(checkpoint, data_dir, tmp_pa
     output = tmp_path / "out"
     tasks, encoder = load(checkpoint, data_dir, output)
     failing = counting(encoder, fail_at=0, error=RuntimeError)
-    assert eval_mteb.run(tasks, [failing], output) == [tasks[0].name]
+    assert run(tasks, [failing], output) == [tasks[0].name]
     assert "as if killed" in capsys.readouterr().err
     assert set(scores(output)) == {task.name for task in tasks[1:]}
-    assert eval_mteb.run(tasks, [encoder], output) == []
+    assert run(tasks, [encoder], output) == []
 
 
 def test_vectors_can_be_kept_on_disk(checkpoint, data_dir, tmp_path, monkeypatch):
     tasks, encoder = load(checkpoint, data_dir, tmp_path / "out", "--cache_dir", str(tmp_path / "vectors"))
     metadata = next(task for task in tasks if task.name == "SciFact").leaves()[0].metadata
-    monkeypatch.setattr(mteb_encoder, "CHUNK", 4)
+    monkeypatch.setattr("evaluation.encoder.CHUNK", 4)
     texts = sentences(10, 0)
     first = encoder.embed(texts, metadata, "document")
     assert len(list((tmp_path / "vectors").glob("*.sqlite"))) == 1
@@ -704,14 +705,14 @@ def test_texts_that_are_cut_are_counted(checkpoint, data_dir, tmp_path, monkeypa
     output = tmp_path / "out"
     tasks, encoder = load(checkpoint, data_dir, output, "--max_length", "100", "--cache_dir", str(tmp_path / "vectors"))
     metadata = next(task for task in tasks if task.name == "SciFact").leaves()[0].metadata
-    monkeypatch.setattr(mteb_encoder, "CHUNK", 3)
+    monkeypatch.setattr("evaluation.encoder.CHUNK", 3)
     texts = ["hi", "z " * 39, "z " * 300, "z " * 300, "ho"]
     for _ in range(2):  # the second time from the cache
         encoder.truncated.clear()
         encoder.embed(texts, metadata, "document")
         assert encoder.truncated == {"texts": 3, "decoder": 2, "encoder": 3, "of": 5}
     encoder.embed(texts[:2], metadata, "query")  # has less room, for its instruction
-    eval_mteb.run(tasks, [encoder], output)
+    run(tasks, [encoder], output)
     for record in read_run(output).records.values():
         assert set(record["truncated"]) == {"texts", "decoder", "encoder", "of"}
         assert record["truncated"]["texts"] <= record["truncated"]["of"] <= record["texts"]
@@ -764,7 +765,7 @@ def test_any_sentence_transformers_model_can_be_scored(sentence_transformer, dat
     from sentence_transformers import SentenceTransformer
 
     tasks, encoder = load(sentence_transformer, data_dir, tmp_path / "out", "--name", "org/plain")
-    assert eval_mteb.run(tasks, [encoder], tmp_path / "out") == []
+    assert run(tasks, [encoder], tmp_path / "out") == []
     assert set(scores(tmp_path / "out")) == {"STS16", "SciFact", "X-Mine"}
     assert read_run(tmp_path / "out").name == "org/plain"
 
@@ -789,9 +790,9 @@ def test_a_model_inside_a_python_package_is_found(sentence_transformer, tmp_path
     shutil.copytree(sentence_transformer, package / "model")
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    location = mteb_encoder.locate("package:packaged_model", name="org/packaged")
+    location = locate("package:packaged_model", name="org/packaged")
     assert location.name == "org/packaged" and not location.is_causal2vec
-    assert location.revision == mteb_encoder.folder_identity(sentence_transformer, False)
+    assert location.revision == folder_identity(sentence_transformer, False)
 
 
 # ------------------------------------------------------------------------------------------------------------ analyses
@@ -820,7 +821,7 @@ def test_lengths_and_norms_are_what_they_say(checkpoint, tiny_model, data_dir, t
     for name in ("lengths.png", "norms.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     settings = json.loads((output / "settings.json").read_text())
-    assert settings["revision"] == mteb_encoder.folder_identity(checkpoint, True)
+    assert settings["revision"] == folder_identity(checkpoint, True)
     with pytest.raises(ValueError, match="holds results of another dtype"):
         eval_mteb.main([*cli(checkpoint, data_dir, output), "--tasks", "STS16", "--analyze", "--dtype", "bf16"])
 
@@ -845,7 +846,7 @@ def test_only_the_first_process_writes(tmp_path, checkpoint, data_dir):
     entry = {"test": {"default": {"main_score": 0.5}}}
     result = TaskResult.from_task_results(tasks[0].task, entry, evaluation_time=1)
     for writes in (False, True):
-        cache = eval_mteb.result_cache(tmp_path / "cache", writes=writes)
+        cache = result_cache(tmp_path / "cache", writes=writes)
         cache.save_to_cache(result, encoder.mteb_model_meta)
         assert cache.get_task_result_path(tasks[0].name, encoder.mteb_model_meta).exists() == writes
 
@@ -897,18 +898,15 @@ def test_help_needs_nothing_heavy():
     """The modules that are slow to import are imported when they are needed."""
     import ast
 
-    for file in ("eval_mteb.py", "mteb_encoder.py", "eval_report.py", "saving_utils.py"):
-        for node in ast.parse((ROOT / file).read_text()).body:
+    files = [ROOT / "eval_mteb.py", *(ROOT / "evaluation").glob("*.py")]
+    for file in files:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if file.name != "tasks.py" else ():
             modules = (
                 [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
             )
             for module in modules:
-                assert module.partition(".")[0] in {
-                    *sys.stdlib_module_names,
-                    "eval_report",
-                    "mteb_encoder",
-                    "saving_utils",
-                }, (
+                assert module.partition(".")[0] in {*sys.stdlib_module_names, "evaluation", "saving_utils"}, (
                     file,
                     module,
                 )
+                assert module != "evaluation.tasks", file

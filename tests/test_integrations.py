@@ -168,7 +168,7 @@ def mteb(monkeypatch):
 
 def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
     """By name, with our loader; mteb scores it as the model that it is."""
-    from mteb_encoder import register
+    from evaluation.identity import register
 
     name = register(str(saved_dir), name="tester/tiny")
     assert name == "tester/tiny"
@@ -181,7 +181,7 @@ def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
     assert model.mteb_model_meta.name == name and model.mteb_model_meta.revision == meta.revision
     from mteb.mocks.mock_tasks import MockSTSTask
 
-    from mteb_encoder import Instructions
+    from evaluation.encoder import Instructions
 
     model.instruction_for = Instructions({"MockSTSTask": INSTRUCTION})
     result = mteb.evaluate(model, MockSTSTask(), cache=None, co2_tracker=False, show_progress_bar=False)
@@ -190,7 +190,7 @@ def test_mteb_gets_a_registered_model(mteb, saved_dir, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("baseline", ["last_token", "embedding_concat", "token_prepending"])
 def test_mteb_gets_a_baseline(mteb, make_model, tmp_path, baseline):
-    from mteb_encoder import register
+    from evaluation.identity import register
 
     model = make_model(baseline=baseline)
     model.save_pretrained(tmp_path / "baseline")
@@ -200,12 +200,12 @@ def test_mteb_gets_a_baseline(mteb, make_model, tmp_path, baseline):
 
 
 def test_mteb_is_told_what_cannot_be_registered(mteb, saved_dir, backbone_dir, tmp_path):
-    import mteb_encoder
+    from evaluation.identity import register
 
     with pytest.raises(ValueError, match="not a Causal2Vec checkpoint"):
-        mteb_encoder.register(backbone_dir("bert"))
+        register(backbone_dir("bert"))
     folder = shutil.copytree(saved_dir, tmp_path / "model")
-    name = mteb_encoder.register(str(folder))
+    name = register(str(folder))
     assert name == "local/model"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "query_instruction": "another"}))

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 import embed
 import saving_utils
 from configuration_causal2vec import Causal2VecConfig
+from evaluation.identity import folder_identity, load_backend, locate
 from modeling_causal2vec import Causal2VecModel
-from mteb_encoder import folder_identity, load_backend, locate
 from tokenization_utils import Causal2VecProcessor
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import storage  # noqa: E402
 
-from mteb_encoder import folder_identity  # noqa: E402
+from evaluation.identity import folder_identity  # noqa: E402
 
 
 @pytest.fixture(scope="module")

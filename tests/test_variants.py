@@ -231,7 +231,8 @@ class TestFolders:
 
     def test_evaluation_and_publishing(self, folders, name):
         pytest.importorskip("mteb")
-        from mteb_encoder import Causal2VecBackend, decoder_alone, load_backend, locate, model_meta
+        from evaluation.encoder import Causal2VecBackend
+        from evaluation.identity import decoder_alone, load_backend, locate, model_meta
         from push_to_hub import files_to_push, problems
 
         folder = folders(name)

@@ -108,7 +108,7 @@ def eval_results(folder: str | Path) -> list:
     """Each finished task of an evaluation as the Hub's EvalResult: the task's main score, times 100."""
     from huggingface_hub import EvalResult
 
-    from eval_report import read_run
+    from evaluation.report import read_run
 
     run = read_run(folder)
     return [

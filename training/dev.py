@@ -3,14 +3,14 @@
 Never a test set: choices made by these numbers belong to data that no result is reported on.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from evaluation.local_data import folder_revision, own_cache
 
 
 RETRIEVAL_CONFIGS = ("corpus", "queries", "default")
@@ -117,34 +117,6 @@ def _only_split(folder: str, config: str):
 
     splits = datasets.load_dataset(folder, config)
     return splits["test"] if "test" in splits else next(iter(splits.values()))
-
-
-def folder_revision(folder: Path) -> str:
-    """Stands for the content of a local dataset, as a commit does for one on the Hub."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        relative = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"local-{digest.hexdigest()[:16]}"
-
-
-@contextmanager
-def own_cache(revision: str) -> Iterator[None]:
-    """
-    Gives each content of a local folder a cache of its own: that of `datasets` goes by the folder's name, and would give
-    out what another folder of this name held, or the same one before it was changed.
-    """
-    import datasets
-
-    common = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = Path(common) / revision
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = common
 
 
 def held_out(rows, spec, count: int, seed: int):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from eval_report import write_json
 from modeling_causal2vec import Causal2VecModel
-from saving_utils import SHIPPED_CODE, write_sentence_transformers_files
+from saving_utils import SHIPPED_CODE, write_json, write_sentence_transformers_files
 from training.card import without_machine_paths, write_card
 from training.data import SingleDatasetBatchSampler, StreamedBatches
 from training.trainer import Causal2VecTrainer

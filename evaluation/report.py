@@ -1,4 +1,4 @@
-"""What results look like: summary of one run, comparison of several, and the figures.
+"""What results look like: the summary of one run, the comparison of several.
 
 Reads the files that `eval_mteb.py` leaves in its output folder; needs neither mteb nor a model. Invariants: a mean over
 an incomplete list of tasks says so and over how many, differences are taken over tasks that both have, and tasks of
@@ -6,15 +6,16 @@ one's own never enter a mean of MTEB's.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
+from evaluation.plots import plot_categories, plot_tasks
+from saving_utils import write_json, write_text
 
-PAPER = Path(__file__).resolve().parent / "results" / "paper.json"
+
+PAPER = Path(__file__).resolve().parent / "paper.json"
 TABLE_START, TABLE_END = "<!-- results: start -->", "<!-- results: end -->"
 
 
@@ -23,18 +24,6 @@ def load_paper() -> dict:
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     paper["tasks"] = {task: category for category, tasks in paper["categories"].items() for task in tasks}
     return paper
-
-
-def write_json(path: Path, value) -> None:
-    """Writes a whole file or none: it appears under its name when it is complete."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    incomplete.write_text(text, encoding="utf-8")
-    os.replace(incomplete, path)
 
 
 @dataclass(frozen=True)
@@ -96,9 +85,6 @@ def main_score(path: Path, splits: Iterable[str]) -> float:
     """The main score in one of mteb's result files, times 100."""
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     return 100 * fmean(entry["main_score"] for split in splits for entry in scores[split])
-
-
-# ---------------------------------------------------------------------------------------------------- one run: summary
 
 
 @dataclass(frozen=True)
@@ -228,9 +214,6 @@ def number(value: float | None, signed: bool = False) -> str:
     return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
 
 
-# ------------------------------------------------------------------------------------------------ several: comparison
-
-
 def compare(runs: Sequence[Run]) -> dict[str, list[dict]]:
     """
     Rows of the comparison: `means` and `tasks` of MTEB, `other` for tasks that are not, `drops` under noise.
@@ -358,142 +341,3 @@ def write_comparison(sources: Sequence[str], output: str | Path, readme: str | P
         readme = Path(readme)
         write_text(readme, replace_table(readme.read_text(encoding="utf-8"), text))
     return text
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito: told apart by all eyes
-
-
-def _figure(width: float, height: float):
-    """A figure with one plain pair of axes; never opens a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def save_figure(figure, path: Path) -> None:
-    """Writes a picture that replaces an older one only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_name(f".{path.stem}.{os.getpid()}.incomplete.png")
-    figure.savefig(incomplete)
-    os.replace(incomplete, path)
-
-
-def plot_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path) -> None:
-    """A group of bars per entry of `groups`, one bar in each for every series, with its number above it."""
-    width = 0.8 / len(series)
-    figure, axes = _figure(max(6.0, 1.0 + len(groups) * (0.45 + 0.42 * len(series))), 4.2)
-    for i, (name, values) in enumerate(series.items()):
-        places = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        bars = axes.bar(places, values, width * 0.94, label=name, color=COLORS[i % len(COLORS)])
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.tick_params(axis="x", length=0)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_ylabel(label, fontsize=9)
-    axes.margins(x=0.01, y=0.1)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_title(title, loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
-    save_figure(figure, path)
-
-
-def plot_task_bars(
-    tasks: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path
-) -> None:
-    """As `plot_bars`, lying down: room for many tasks with long names."""
-    width = 0.8 / len(series)
-    figure, axes = _figure(7.5, 1.3 + len(tasks) * (0.12 + 0.15 * len(series)))
-    for i, (name, values) in enumerate(series.items()):
-        places = [task + (i - (len(series) - 1) / 2) * width for task in range(len(tasks))]
-        bars = axes.barh(places, values, width * 0.94, label=name, color=COLORS[i % len(COLORS)])
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
-    axes.set_ylim(len(tasks) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(label, fontsize=9)
-    axes.margins(x=0.08)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_title(title, loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=8)
-    save_figure(figure, path)
-
-
-def plot_categories(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) -> None:
-    """Bars of the means over each category, over MTEB, and over the tasks outside it."""
-    chosen = [row for row in rows["means"] if row["name"] != "MTEB-MINI" or not row["label"].endswith("partial")]
-    chosen = chosen + [
-        {**row, "name": "Tasks\noutside MTEB"} for row in rows["other"] if row["name"] == "Mean" and row["label"]
-    ]
-    groups = [_wrap(row["name"]) + "\n" + _short(row["label"]) for row in chosen]
-    series = {run.name: [row["scores"][i] for row in chosen] for i, run in enumerate(runs)}
-    plot_bars(groups, series, "mean of main scores", "Means over the tasks that all have", path)
-
-
-def _short(label: str) -> str:
-    return label.replace(" tasks, partial", " (partial)")
-
-
-def _wrap(name: str) -> str:
-    return {"PairClassification": "Pair\nClassification", "MTEB(eng, v1)": "MTEB\n(eng, v1)"}.get(name, name)
-
-
-def plot_tasks(runs: Sequence[Run], rows: Mapping[str, list[dict]], path: Path) -> None:
-    """A line per task with a dot per run; categories are named at the right."""
-    other = [{**row, "label": f"{row['label']}, not MTEB"} for row in rows["other"] if row["name"] != "Mean"]
-    chosen = [*rows["tasks"], *other]
-    figure, axes = _figure(8.0, 1.3 + 0.22 * len(chosen))
-    for y, row in enumerate(chosen):
-        found = [score for score in row["scores"] if score is not None]
-        axes.plot([min(found), max(found)], [y, y], color="#cccccc", linewidth=2, zorder=1, solid_capstyle="round")
-    for i, run in enumerate(runs):
-        points = [(row["scores"][i], y) for y, row in enumerate(chosen) if row["scores"][i] is not None]
-        axes.scatter(*zip(*points), s=26, color=COLORS[i % len(COLORS)], label=run.name, zorder=2)
-    for category, group in groupby(enumerate(chosen), key=lambda item: item[1]["label"]):
-        places = [y for y, _ in group]
-        axes.axhline(places[0] - 0.5, color="#bbbbbb", linewidth=0.7, zorder=0)
-        axes.annotate(
-            category,
-            (1.01, fmean(places)),
-            xycoords=("axes fraction", "data"),
-            annotation_clip=False,
-            va="center",
-            fontsize=7,
-            color="#666666",
-        )
-    axes.set_yticks(range(len(chosen)), [row["name"] for row in chosen], fontsize=7)
-    axes.set_ylim(len(chosen) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_xlabel("main score", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=min(4, len(runs)), frameon=False, fontsize=8)
-    save_figure(figure, path)
-
-
-def plot_norms(norms: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Figure 5 of the paper: mean L2 norms of the two states that an embedding joins."""
-    series = {
-        label: [values[key] for values in norms.values()]
-        for label, key in (("Contextual token", "contextual"), ("EOS token", "eos"))
-    }
-    plot_task_bars(list(norms), series, "mean L2 norm", "L2 norms of the two states", path)
-
-
-def plot_lengths(lengths: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Figure 6 of the paper: mean lengths of the decoder's sequences, without and with in-context examples."""
-    labels = {"without_examples": "without examples", "with_examples": "with examples"}
-    series = {
-        label: [values[key] for values in lengths.values()]
-        for key, label in labels.items()
-        if all(key in values for values in lengths.values())
-    }
-    plot_task_bars(list(lengths), series, "mean length (tokens)", "Length of the decoder's sequence", path)

@@ -5,8 +5,11 @@ import json
 import pytest
 from conftest import ROOT
 
-import eval_report
-from eval_report import (
+from evaluation import plots
+from evaluation.report import (
+    PAPER,
+    TABLE_END,
+    TABLE_START,
     benchmark_means,
     compare,
     comparison_markdown,
@@ -16,9 +19,9 @@ from eval_report import (
     read_run,
     replace_table,
     write_comparison,
-    write_json,
     write_summary,
 )
+from saving_utils import write_json
 
 
 pytest.importorskip("matplotlib")
@@ -248,7 +251,7 @@ def test_comparison_as_tables(two_runs):
 
 def test_comparison_files(two_runs, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{eval_report.TABLE_START}\nold\n{eval_report.TABLE_END}\nend\n")
+    readme.write_text(f"# Title\n{TABLE_START}\nold\n{TABLE_END}\nend\n")
     text = write_comparison([*map(str, two_runs), "paper:Mistral-7B"], tmp_path / "out", readme)
     assert (tmp_path / "out" / "compare.md").read_text() == text
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["names"] == ["a", "b", "Mistral-7B (paper)"]
@@ -265,8 +268,8 @@ def test_a_readme_without_a_place_for_the_table_is_an_error():
 
 def test_bars_are_as_high_as_the_numbers(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(eval_report, "save_figure", lambda figure, path: figures.append(figure))
-    eval_report.plot_bars(["x", "y"], {"one": [1.0, 2.0], "two": [3.0, 4.5]}, "score", "title", tmp_path / "a.png")
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plots.plot_bars(["x", "y"], {"one": [1.0, 2.0], "two": [3.0, 4.5]}, "score", "title", tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert sorted(bar.get_height() for bar in axes.patches) == [1.0, 2.0, 3.0, 4.5]
     assert {text.get_text() for text in axes.texts} >= {"1.0", "4.5"}
@@ -274,9 +277,9 @@ def test_bars_are_as_high_as_the_numbers(tmp_path, monkeypatch):
 
 def test_every_task_has_a_dot_per_run(two_runs, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(eval_report, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     runs = [read_run(folder) for folder in two_runs]
-    eval_report.plot_tasks(runs, compare(runs), tmp_path / "a.png")
+    plots.plot_tasks(runs, compare(runs), tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert [len(dots.get_offsets()) for dots in axes.collections] == [4, 3]  # b has no X-Two
     assert [label.get_text() for label in axes.get_yticklabels()] == ["SciFact", "STS12", "X-One", "X-Two"]
@@ -295,4 +298,4 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_published_scores_are_data_in_the_repository():
-    assert eval_report.PAPER == ROOT / "results" / "paper.json"
+    assert PAPER == ROOT / "evaluation" / "paper.json"

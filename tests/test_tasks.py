@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from eval_packs import labelled_rows, retrieval_configs, sentences, sts_rows, write_all_types, write_pack, write_sts
 
-from eval_report import load_paper
+from evaluation.report import load_paper
 
 
 mteb = pytest.importorskip("mteb")
@@ -14,7 +14,7 @@ mteb = pytest.importorskip("mteb")
 from mteb.abstasks import AbsTaskClustering  # noqa: E402
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy  # noqa: E402
 
-from mteb_tasks import BENCHMARK, folder_revision, prefetch, select_tasks  # noqa: E402
+from evaluation.tasks import BENCHMARK, folder_revision, prefetch, select_tasks  # noqa: E402
 
 
 PARTS = [part.metadata.name for part in mteb.get_task("CQADupstackRetrieval").metadata.tasks]

@@ -35,8 +35,8 @@ from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
-from eval_report import load_paper
-from training.dev import folder_revision, own_cache
+from evaluation.local_data import folder_revision, own_cache
+from evaluation.report import load_paper
 
 
 BENCHMARK = "MTEB(eng, v1)"
