@@ -31,7 +31,7 @@ try:
     from .configuration_causal2vec import Causal2VecConfig
     from .loading_utils import PretrainedMixin, position_limit
     from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from .prefix_cache import PrefixCache, look_both_ways, plan_rows
+    from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from .token_prepending import Prepending, check_prepended, prepend_between_layers
     from .tokenization_utils import (
@@ -49,7 +49,7 @@ except ImportError:
     from configuration_causal2vec import Causal2VecConfig
     from loading_utils import PretrainedMixin, position_limit
     from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
-    from prefix_cache import PrefixCache, look_both_ways, plan_rows
+    from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from token_prepending import Prepending, check_prepended, prepend_between_layers
     from tokenization_utils import (
@@ -151,7 +151,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self.decoder = decoder
         config.decoder_config = self.decoder.config
         if config.bidirectional:
-            look_both_ways(self.decoder)
+            make_bidirectional(self.decoder)
         if config.baseline == "token_prepending":
             prepend_between_layers(self.decoder)
         self._processor: Causal2VecProcessor | None = None
@@ -191,33 +191,26 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 logger.warning("%s keeps its activations: it has no gradient checkpointing.", type(backbone).__name__)
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
-    def get_contextual_token(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
+    def get_encoder_embedding(
+        self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None, packed: bool = False
+    ) -> torch.Tensor:
         """
-        The projected mean of the encoder's states over real tokens (section 3.1): `(batch, hidden_size)`; of several
-        Contextual tokens `(batch, num_contextual_tokens, hidden_size)`. Without a projector, the mean itself.
+        The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`; for several
+        Contextual tokens what their queries find, `(batch, num_contextual_tokens, encoder_hidden_size)`. With `packed`,
+        rows of like length are read together.
         """
-        if self.projector is None:
-            return self.get_encoder_embedding(encoder_ids, encoder_attention_mask)
-        if self.projector.queries is None:
-            return self.project(self.get_encoder_embedding(encoder_ids, encoder_attention_mask))
+        if encoder_attention_mask is None:
+            encoder_attention_mask = torch.ones_like(encoder_ids)
+        if packed:
+            groups = groups_of_like_length(encoder_attention_mask.sum(-1).tolist())
+            batches = [trim(encoder_ids[rows], encoder_attention_mask[rows]) for rows in groups]
+            parts = torch.cat([self.get_encoder_embedding(*batch) for batch in batches])
+            return parts[torch.tensor([row for rows in groups for row in rows], device=parts.device).argsort()]
+        states, mask = self.get_encoder_states(encoder_ids, encoder_attention_mask)
+        if self.projector is None or self.projector.queries is None:
+            return masked_mean(states, mask)
         device = device_of(self.projector)
-        states, mask = (x.to(device) for x in self.get_encoder_states(encoder_ids, encoder_attention_mask))
-        return self.projector(self.projector.queries(states, mask))  # (batch, tokens, hidden_size)
-
-    def project(self, encoder_embedding: torch.Tensor) -> torch.Tensor:
-        """
-        From `get_encoder_embedding`'s result to the Contextual token `(batch, hidden_size)`.
-
-        Raises:
-            ValueError: the model has no projector, or makes several Contextual tokens of all of the encoder's states.
-        """
-        if self.projector is None or self.projector.queries is not None:
-            raise ValueError("An `encoder_embedding` is projected by models with one Contextual token; this is none.")
-        return self.projector(encoder_embedding.to(device_of(self.projector)))
-
-    def get_encoder_embedding(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor) -> torch.Tensor:
-        """The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`."""
-        return masked_mean(*self.get_encoder_states(encoder_ids, encoder_attention_mask))
+        return self.projector.queries(states.to(device), mask.to(device))
 
     def get_encoder_states(self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor):
         """The encoder's last hidden state `(batch, encoder_seq_len, encoder_hidden_size)` and its mask."""
@@ -230,16 +223,17 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         states = self.encoder(input_ids=encoder_ids, attention_mask=encoder_attention_mask).last_hidden_state
         return states, encoder_attention_mask
 
-    def find_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def find_slots(self, input_ids: torch.Tensor, check: bool = True) -> torch.Tensor:
         """
-        Which positions of each row the Contextual tokens take: a mask of shape `(batch, seq_len)`.
+        Which positions of each row the Contextual tokens take: a mask of shape `(batch, seq_len)`. The check makes the CPU
+        wait for an accelerator.
 
         Raises:
             ValueError: a row has fewer or more slots than there are Contextual tokens.
         """
         is_slot = input_ids == self.config.contextual_token_id  # (batch, seq_len)
         counts, expected = is_slot.sum(-1), self.config.num_slots  # (batch,)
-        if not torch.compiler.is_compiling() and not (counts == expected).all():
+        if check and not torch.compiler.is_compiling() and not (counts == expected).all():
             row = int((counts != expected).nonzero()[0])
             raise ValueError(
                 f"Every row of `input_ids` must hold the contextual slot (id {self.config.contextual_token_id}) exactly "
@@ -285,14 +279,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         encoder_ids: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        contextual_token: torch.FloatTensor | None = None,
         encoder_embedding: torch.FloatTensor | None = None,
+        prefix_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         output_last_hidden_state: bool = False,
-        right_padded: bool = False,
-        share_heads: bool = False,
-        packing: Packing | None = None,
+        packed: bool | None = None,
         **kwargs,
     ) -> Causal2VecModelOutput:
         """
@@ -301,126 +293,101 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             attention_mask (`(batch, past_len + seq_len)`, *optional*): 1 for real tokens; padding on either side.
             encoder_ids (`(batch, encoder_seq_len)`): The texts for the encoder.
             encoder_attention_mask (`(batch, encoder_seq_len)`, *optional*): 1 for real tokens.
-            past_key_values (`Cache`, *optional*): Keys and values of what stands before `input_ids`.
-            contextual_token (*optional*): `get_contextual_token`'s result, computed before; `encoder_ids` are then not
+            encoder_embedding (*optional*): `get_encoder_embedding`'s result, computed before; `encoder_ids` are then not
                 read.
-            encoder_embedding (`(batch, encoder_hidden_size)`, *optional*): `get_encoder_embedding`'s result, computed
-                before; its projection is the `contextual_token`.
+            prefix_ids (`(1, prefix_len)`, *optional*): What stands before `input_ids` in every row, to be read once;
+                `input_ids` are then padded on the right. See `return_prefix_ids` of `model.processor`.
+            past_key_values (`Cache`, *optional*): Keys and values of what stands before `input_ids`.
             use_cache (`bool`): Return the decoder's keys and values.
             output_last_hidden_state (`bool`): Return the decoder's last hidden state.
-            right_padded (`bool`): A promise that all padding is on the right and that the decoder is causal. It then needs
-                no mask, and attention is free to use its fastest kernel.
-            share_heads (`bool`): Read what rows have in common before their slots only once; see [`embed`].
-            packing ([`Packing`], *optional*): Read the rows as one, without their padding; see [`packed_states`].
+            packed (`bool`, *optional*): With `prefix_ids`, read neither tower's padding: the decoder's rows as one, the
+                encoder's in groups of like length. Defaults to `True` on a CPU without gradients, where it pays.
             kwargs: Passed on to the decoder.
 
         Raises:
-            ValueError: a row has not as many slots as it should, none of `encoder_ids`, `contextual_token` and
-                `encoder_embedding` is given, or `encoder_embedding` is, and the model has no use for it.
+            ValueError: a row has not as many slots as it should, neither `encoder_ids` nor `encoder_embedding` is given, or
+                arguments do not go together.
         """
-        if encoder_embedding is not None:
-            contextual_token = self.project(encoder_embedding)  # (batch, hidden_size)
-        if share_heads:
-            if past_key_values is not None or use_cache or output_last_hidden_state:
-                raise ValueError("With `share_heads`, forward takes whole rows and gives embeddings.")
-            if encoder_ids is None and contextual_token is None and self.encoder is not None:
-                raise ValueError("With `share_heads`, pass `encoder_ids` (see `model.processor`).")
-            inputs = (input_ids, attention_mask, encoder_ids, encoder_attention_mask)
-            return Causal2VecModelOutput(self.embed(*inputs, contextual_token=contextual_token, **kwargs))
-        is_slot = self.find_slots(input_ids)  # (batch, seq_len)
-        if contextual_token is None and self.encoder is not None:
-            if encoder_ids is None:
-                raise ValueError("Pass `encoder_ids` (see `model.processor`) or a `contextual_token`.")
-            if encoder_attention_mask is None:
-                encoder_attention_mask = torch.ones_like(encoder_ids)
-            contextual_token = self.get_contextual_token(encoder_ids, encoder_attention_mask)  # (batch, hidden_size)
+        on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu:
+            warn_of_slow_dtype(self.decoder)
+        if prefix_ids is not None and (past_key_values is not None or use_cache or output_last_hidden_state):
+            raise ValueError("With `prefix_ids`, forward gives embeddings alone. Put the ids into `input_ids` instead.")
+        if self.encoder is None and encoder_embedding is not None:
+            raise ValueError("This model has no encoder; leave `encoder_embedding` out.")
+        if self.encoder is not None and encoder_ids is None and encoder_embedding is None:
+            raise ValueError("Pass `encoder_ids` (see `model.processor`) or an `encoder_embedding`.")
+        moves_states = self.config.baseline == "token_prepending"
+        if packed and moves_states:
+            raise ValueError("`packed` is not possible with token prepending, which moves states within rows.")
+        right_padded = prefix_ids is not None and is_causal(self)
+        if packed is None:
+            packed = on_cpu and not torch.is_grad_enabled() and not moves_states
+        packed = packed and right_padded
+
+        contextual_token = encoder_embedding
+        if self.encoder is not None and encoder_embedding is None:
+            contextual_token = self.get_encoder_embedding(encoder_ids, encoder_attention_mask, packed)
+        if self.projector is not None:  # (batch, hidden_size), of several tokens (batch, tokens, hidden_size)
+            contextual_token = self.projector(contextual_token.to(device_of(self.projector)))
+
+        batch_size = len(input_ids)
+        if attention_mask is None:
+            past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
+            attention_mask = input_ids.new_ones(batch_size, past_len + input_ids.shape[1])
+        prefix = None
+        if prefix_ids is not None and prefix_ids.shape[1]:
+            prefix = find_prefix(self, prefix_ids, rows=batch_size)
+            if prefix is None:  # it is read with every row
+                before = prefix_ids.to(input_ids.device).expand(batch_size, -1)  # (batch, prefix_len)
+                input_ids = torch.cat([before, input_ids], dim=-1)  # (batch, seq_len)
+                attention_mask = torch.cat([torch.ones_like(before), attention_mask], dim=-1)
+        is_slot = self.find_slots(input_ids, check=prefix_ids is None or on_cpu)  # (batch, seq_len)
 
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (batch, seq_len, hidden_size)
-        if contextual_token is not None and self.config.num_slots:
-            shape = (len(input_ids), self.config.num_slots, inputs_embeds.shape[-1])  # (batch, tokens, hidden_size)
+        if self.projector is not None:
+            shape = (batch_size, self.config.num_slots, inputs_embeds.shape[-1])  # (batch, tokens, hidden_size)
             places = is_slot.unsqueeze(-1).to(inputs_embeds.device)  # (batch, seq_len, 1)
             inputs_embeds = inputs_embeds.masked_scatter(places, contextual_token.to(inputs_embeds).reshape(shape))
 
-        seq_len = input_ids.shape[1]
-        if attention_mask is None:
-            past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
-            attention_mask = input_ids.new_ones(input_ids.shape[0], past_len + seq_len)
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
-        if right_padded:
-            # Nothing looks at padding that comes after it. Positions run on, or padding would look like packed rows.
-            position_ids = position_ids[:, :1] + torch.arange(seq_len, device=position_ids.device)  # (batch, seq_len)
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)  # (batch,)
-        slots, ends = last_true(is_slot), last_true(attention_mask[:, -seq_len:])  # (batch,)
-        if self.config.baseline == "token_prepending":
+        seq_len, hidden, outputs = input_ids.shape[1], None, None
+        ends = last_true(attention_mask[:, -seq_len:])  # (batch,)
+        slots = last_true(is_slot) if self.config.num_slots else ends  # (batch,)
+        if moves_states:
             kwargs["prepending"] = Prepending(slots, ends)
-        hidden = packed_states(self.decoder, inputs_embeds, packing) if packing and right_padded else None
+        if packed:
+            lengths = attention_mask.sum(-1)  # (batch,)
+            starts = lengths.cumsum(0) - lengths  # (batch,)
+            hidden = packed_states(
+                self.decoder, inputs_embeds, Packing(lengths.tolist(), prefix)
+            )  # (total, hidden_size)
         if hidden is None:
+            # Nothing looks at padding that comes after it, so it needs no mask; positions run on, or it would look like rows.
+            if right_padded:
+                start = 0 if prefix is None else prefix.length
+                position_ids = torch.arange(start, start + seq_len, device=input_ids.device).expand(batch_size, -1)
+                attention_mask = None
+                past_key_values = None if prefix is None else expand_prefix(prefix, batch_size)
+            else:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
             outputs = self.decoder(
                 inputs_embeds=inputs_embeds,
-                attention_mask=None if right_padded else attention_mask,
+                attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
-            hidden = outputs.last_hidden_state  # (batch, seq_len, hidden_size)
-
-        if "prepending" in kwargs:
+            hidden = outputs.last_hidden_state.flatten(0, 1)  # (batch * seq_len, hidden_size)
+            starts = torch.arange(batch_size, device=slots.device) * seq_len  # (batch,)
+        if moves_states:
             check_prepended(self.decoder, kwargs["prepending"])
-        rows, slots, ends = (places.to(hidden.device) for places in (rows, slots, ends))
+        contextual_state, eos_state = (hidden[(starts + places).to(hidden.device)] for places in (slots, ends))
         return Causal2VecModelOutput(
-            embeddings=self.pool(hidden[rows, slots], hidden[rows, ends], contextual_token),  # (batch, embedding_size)
-            last_hidden_state=hidden if output_last_hidden_state else None,
+            embeddings=self.pool(contextual_state, eos_state, contextual_token),  # (batch, embedding_size)
+            last_hidden_state=outputs.last_hidden_state if output_last_hidden_state else None,
             past_key_values=outputs.past_key_values if use_cache else None,
         )
-
-    def embed(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        encoder_ids: torch.LongTensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        packed: bool | None = None,
-        contextual_token: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """
-        `forward`'s embeddings `(batch, embedding_size)`, with every head (what stands before a slot) read only once.
-
-        Without gradients and outside training, heads stay in `prefix_cache` for later calls. With gradients, a head that
-        several rows share is read once per call. Where neither is possible, `forward` reads whole rows. With `packed`
-        (default: on a CPU without gradients, where it was measured to pay) neither tower reads much padding: the decoder
-        reads rows joined into one, the encoder reads rows of like length together.
-        """
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            warn_of_slow_dtype(self.decoder)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if encoder_attention_mask is None and encoder_ids is not None:
-            encoder_attention_mask = torch.ones_like(encoder_ids)
-        if packed is None:
-            # Compiled code would be made anew for every new set of lengths.
-            compiled = self._compiled_call_impl is not None
-            packed = input_ids.device.type == "cpu" and not torch.is_grad_enabled() and not compiled
-            packed = packed and self.config.baseline != "token_prepending"
-        elif packed and self.config.baseline == "token_prepending":
-            raise ValueError("`packed` is not possible with token prepending, which moves states within rows.")
-        if contextual_token is None and packed and self.encoder is not None:
-            lengths = encoder_attention_mask.sum(-1).tolist()
-            groups = groups_of_like_length(lengths)
-            tokens = [self.get_contextual_token(*trim(encoder_ids[g], encoder_attention_mask[g])) for g in groups]
-            places = torch.tensor([row for group in groups for row in group], device=tokens[0].device)
-            contextual_token = torch.cat(tokens)[places.argsort()]  # (batch, hidden_size)
-        parts, order = [], []
-        for rows, inputs in plan_rows(self, input_ids, attention_mask, packed):
-            if contextual_token is not None:
-                inputs["contextual_token"] = contextual_token[rows.to(contextual_token.device)]
-            elif self.encoder is not None:
-                inputs["encoder_ids"] = encoder_ids[rows.to(encoder_ids.device)]
-                inputs["encoder_attention_mask"] = encoder_attention_mask[rows.to(encoder_attention_mask.device)]
-            parts.append(self(**inputs, **kwargs).embeddings)  # (rows, embedding_size)
-            order.append(rows)
-        return torch.cat(parts)[torch.cat(order).argsort().to(parts[0].device)]  # (batch, embedding_size)
 
     @property
     def processor(self) -> Causal2VecProcessor:
@@ -467,7 +434,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}`.
             batch_size (`int`, defaults to 32): Most texts per forward pass. Never changes a vector.
             max_batch_tokens (`int`, *optional*, defaults to 16384): Most decoder tokens per forward pass, padding
-                included and heads left out while `prefix_cache` is on, so that long texts need no smaller `batch_size`.
+                included and prefixes left out while `prefix_cache` is on, so that long texts need no smaller `batch_size`.
             packed (`bool`, *optional*): Join the rows of a batch into one without padding. Defaults to `True` on a CPU.
             max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
             normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
@@ -514,7 +481,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             max_length,
             batch_size,
             max_batch_tokens,
-            count_heads=not self.prefix_cache.enabled or self.prefix_cache.scan(self).is_offloaded(),
+            count_prefix=not self.prefix_cache.enabled or self.prefix_cache.scan(self).is_offloaded(),
         )
         embeddings, truncated = torch.empty(len(texts), dim), Counter()
         progress = logging.tqdm(
@@ -527,8 +494,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         with progress, self._eval_mode(self):
             for rows, batch, cut in batches:
                 with torch.inference_mode():
-                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    vectors = self.embed(**batch, packed=packed)[:, :dim].float()  # (rows, dim)
+                    # A prefix is looked up on the CPU.
+                    batch = {name: ids if name == "prefix_ids" else ids.to(device) for name, ids in batch.items()}
+                    vectors = self(**batch, packed=packed).embeddings[:, :dim].float()  # (rows, dim)
                     if normalize_embeddings:
                         vectors = nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()

@@ -52,36 +52,31 @@ def sorted_batches(
     max_length: int | None = None,
     batch_size: int = 32,
     max_tokens: int | None = None,
-    count_heads: bool = True,
+    count_prefix: bool = True,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[tuple[str, ...]]]]:
     """
     Cuts texts into batches of at most `batch_size` rows and `max_tokens` decoder tokens, padding included (but of one row
-    at least); without `count_heads`, what stands before the slot is left out of that.
+    at least); without `count_prefix`, what stands before the slot is left out of that.
 
     Returns:
-        The texts' positions, the four tensors that the model reads, and per text the towers that read only its beginning.
+        The texts' positions, the tensors that the model reads, and per text the towers that read only its beginning.
     """
-    # Texts of a common instruction stay together, as they share their head; the rest is sorted by length alone.
+    # Texts of a common instruction stay together, as they share their prefix; the rest is sorted by length alone.
     counts = Counter(instructions)
-    groups = {name: i for i, name in enumerate(counts) if counts[name] >= batch_size}
+    groups = {name: i for i, name in enumerate(counts) if counts[name] >= min(batch_size, len(texts))}
     order = sorted(range(len(texts)), key=lambda i: (groups.get(instructions[i], -1), -len(texts[i])))
     for start in range(0, len(order), WINDOW * batch_size):
         window = order[start : start + WINDOW * batch_size]
-        tensors, cut_texts = processor.tokenize(
+        rows = processor.rows(
             [texts[i] for i in window], [instructions[i] for i in window], examples=examples, max_length=max_length
         )
-        counted = tensors["attention_mask"]  # (texts, seq_len)
-        if not count_heads:
-            slots_so_far = (tensors["input_ids"] == processor.contextual_token_id).cumsum(-1)  # (texts, seq_len)
-            counted = counted * (slots_so_far >= min(1, processor.num_slots))  # rows without slot have no such head
-        lengths = counted.sum(-1).tolist()
-        keys = [(groups.get(instructions[i], -1), -length) for i, length in zip(window, lengths)]
-        for places in cut(sorted(range(len(window)), key=keys.__getitem__), lengths, batch_size, max_tokens):
-            batch = {}
-            for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
-                if ids in tensors:
-                    batch[ids], batch[mask] = trim(tensors[ids][places], tensors[mask][places])
-            yield [window[place] for place in places], batch, [cut_texts[place] for place in places]
+        lengths = [len(row.ids) + count_prefix * len(row.prefix_ids) for row in rows]
+        keys = [groups.get(instructions[i], -1) for i in window]
+        longest_first = sorted(range(len(window)), key=lambda place: (keys[place], -lengths[place]))
+        for _, group in itertools.groupby(longest_first, key=keys.__getitem__):
+            for places in cut(list(group), lengths, batch_size, max_tokens):
+                batch = processor.pad([rows[place] for place in places], return_prefix_ids=True)
+                yield [window[place] for place in places], dict(batch), [rows[place].cut for place in places]
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
@@ -126,19 +121,19 @@ class Packing:
 
     Args:
         lengths (list of `int`): Tokens per row, without padding.
-        head ([`SharedHead`], *optional*): What all rows have before them.
+        prefix ([`SharedPrefix`], *optional*): What all rows have before them.
         windows (list, *optional*): Per decoder layer how far its attention reaches back; filled in.
     """
 
     lengths: list[int]
-    head: object | None = None
+    prefix: object | None = None
     windows: list[int | None] = field(default_factory=list)
     layers_done: list[int] = field(default_factory=list)
     layouts: dict[tuple, "VarlenLayout"] = field(default_factory=dict)
 
     def varlen_layout(self, kept: int, device: torch.device) -> "VarlenLayout":
-        """Where rows begin and end for the variable-length kernel, each with `kept` keys of the head before its own."""
-        if (kept, device) not in self.layouts:
+        """Where rows begin and end for the variable-length kernel, each with `kept` keys of the prefix before its own."""
+        if kept not in self.layouts:
             ends = list(itertools.accumulate(self.lengths, initial=0))
             keys = [[*range(kept), *range(kept + start, kept + end)] for start, end in itertools.pairwise(ends)]
             self.layouts[kept, device] = VarlenLayout(
@@ -154,7 +149,7 @@ class VarlenLayout:
     """
     Args:
         query_ends, key_ends (`(rows + 1,)`): Where each row's queries and keys begin and end.
-        keys (`(rows * kept + total,)`): Places of the rows' keys in the head's and the rows' keys, joined.
+        keys (`(rows * kept + total,)`): Places of the rows' keys in the prefix's and the rows' keys, joined.
     """
 
     query_ends: torch.Tensor
@@ -164,7 +159,7 @@ class VarlenLayout:
 
 def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing: Packing) -> torch.Tensor | None:
     """
-    The decoder's last hidden state `(batch, seq_len, hidden_size)`, zero where rows end, of rows padded on the right.
+    The decoder's last hidden states `(total, hidden_size)`, row after row without padding, of rows padded on the right.
 
     Returns `None` where it could not be exact: attention is not SDPA, or does not go through transformers'
     `AttentionInterface` in every layer.
@@ -174,7 +169,7 @@ def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing
     if not takes_kwargs or config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         logger.debug("%s reads rows padded: its attention cannot be replaced.", type(decoder).__name__)
         return None
-    start = 0 if packing.head is None else packing.head.length
+    start = 0 if packing.prefix is None else packing.prefix.length
     lengths = torch.tensor(packing.lengths, device=inputs_embeds.device)  # (batch,)
     inside = torch.arange(inputs_embeds.shape[1], device=lengths.device) < lengths.unsqueeze(-1)  # (batch, seq_len)
     position_ids = inside.nonzero()[:, 1].unsqueeze(0) + start  # (1, total)
@@ -197,9 +192,7 @@ def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing
     if sorted(packing.layers_done) != list(range(config.get_text_config().num_hidden_layers)):
         logger.debug("%s reads rows padded: not all of its layers saw where rows end.", type(decoder).__name__)
         return None
-    states = hidden.new_zeros(inputs_embeds.shape)
-    states[inside.to(hidden.device)] = hidden
-    return states  # (batch, seq_len, hidden_size)
+    return hidden
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **kwargs):
@@ -210,12 +203,12 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     packing.layers_done.append(module.layer_idx)
     window = packing.windows[module.layer_idx]
-    head = None if packing.head is None else packing.head.layers[module.layer_idx]
+    prefix = None if packing.prefix is None else packing.prefix.layers[module.layer_idx]
     attend = _attend_runs if dropout or not has_varlen_kernel(query) else _attend_varlen
-    return attend(query, key, value, packing, head, window, scaling, dropout).unsqueeze(0), None
+    return attend(query, key, value, packing, prefix, window, scaling, dropout).unsqueeze(0), None
 
 
-def _attend_runs(query, key, value, packing: Packing, head, window: int | None, scaling, dropout) -> torch.Tensor:
+def _attend_runs(query, key, value, packing: Packing, prefix, window: int | None, scaling, dropout) -> torch.Tensor:
     """One SDPA per run of rows of equal length, on any device and in any dtype: `(total, heads, head_dim)`."""
     outputs, start = [], 0
     for length, run in itertools.groupby(packing.lengths):
@@ -224,11 +217,11 @@ def _attend_runs(query, key, value, packing: Packing, head, window: int | None, 
         # (1, heads, count * length, head_dim) -> (count, heads, length, head_dim), for queries, keys and values
         q, k, v = (t[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for t in (query, key, value))
         mask = None
-        if head is not None:
+        if prefix is not None:
             k = torch.cat(
-                [head.keys.expand(count, -1, -1, -1), k], dim=-2
+                [prefix.keys.expand(count, -1, -1, -1), k], dim=-2
             )  # (count, kv_heads, kept + length, head_dim)
-            v = torch.cat([head.values.expand(count, -1, -1, -1), v], dim=-2)
+            v = torch.cat([prefix.values.expand(count, -1, -1, -1), v], dim=-2)
         kept = k.shape[-2] - length
         if kept or (window is not None and length > window):
             back = torch.arange(kept, kept + length, device=q.device)[:, None] - torch.arange(
@@ -243,14 +236,14 @@ def _attend_runs(query, key, value, packing: Packing, head, window: int | None, 
     return torch.cat(outputs)
 
 
-def _attend_varlen(query, key, value, packing: Packing, head, window: int | None, scaling, dropout) -> torch.Tensor:
+def _attend_varlen(query, key, value, packing: Packing, prefix, window: int | None, scaling, dropout) -> torch.Tensor:
     """All rows in one call of torch's variable-length kernel: `(total, heads, head_dim)`."""
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (total, heads, head_dim) each
-    kept = 0 if head is None else head.keys.shape[-2]
+    kept = 0 if prefix is None else prefix.keys.shape[-2]
     layout = packing.varlen_layout(kept, query.device)
-    if kept:  # each row has the head's keys before its own
-        key = torch.cat([head.keys[0].transpose(0, 1), key])[layout.keys]  # (rows * kept + total, kv_heads, head_dim)
-        value = torch.cat([head.values[0].transpose(0, 1), value])[layout.keys]
+    if kept:  # each row has the prefix's keys before its own
+        key = torch.cat([prefix.keys[0].transpose(0, 1), key])[layout.keys]  # (rows * kept + total, kv_heads, head_dim)
+        value = torch.cat([prefix.values[0].transpose(0, 1), value])[layout.keys]
     longest = max(packing.lengths)
     return varlen_attn(
         query,

@@ -1,13 +1,13 @@
-"""A head's keys and values, computed once for all texts of a task (follows from section 3.2).
+"""A prefix's keys and values, computed once for all texts of a task (follows from section 3.2).
 
 Attention is causal and the Contextual token stands behind the instruction, so everything before the slot (template,
-in-context examples, instruction) has the same keys and values for every text. They are computed once per head, kept, and
+in-context examples, instruction) has the same keys and values for every text. They are computed once per prefix, kept, and
 put before the rows of later batches, which then start at the slot. Invariants: vectors equal the plain path's; nothing
 kept outlives a change of the decoder's weights, adapters, dtype, device or attention; memory is bounded.
 """
 
 import inspect
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION, Packing
+    from .packing import PACKED_ATTENTION
     from .runtime_utils import ForkSafeLock, device_of
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from packing import PACKED_ATTENTION, Packing
+    from packing import PACKED_ATTENTION
     from runtime_utils import ForkSafeLock, device_of
 
 
@@ -33,8 +33,8 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class HeadLayer:
-    """Keys and values `(1, num_key_value_heads, kept, head_dim)` of one layer; `kept` ends with the head's last token."""
+class PrefixLayer:
+    """Keys and values `(1, num_key_value_heads, kept, head_dim)` of one layer; `kept` ends with the prefix's last token."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -42,11 +42,11 @@ class HeadLayer:
 
 
 @dataclass(frozen=True)
-class SharedHead:
-    """What one head leaves in the decoder. Never changed once made, so that threads can share it."""
+class SharedPrefix:
+    """What one prefix leaves in the decoder. Never changed once made, so that threads can share it."""
 
     length: int
-    layers: tuple[HeadLayer, ...]
+    layers: tuple[PrefixLayer, ...]
 
     @property
     def nbytes(self) -> int:
@@ -55,15 +55,15 @@ class SharedHead:
 
 class PrefixCache:
     """
-    The heads that a model has computed, least recently used first.
+    The prefixes that a model has computed, least recently used first.
 
     Args:
         max_bytes (`int`, defaults to 256 MiB): Most that the kept keys and values may take; 0 or `None` switches
             sharing off.
-        max_entries (`int`, defaults to 64): Most heads kept; 0 or `None` switches sharing off.
-        min_tokens (`int`, defaults to 4): Shorter heads are not worth an attention over two pieces.
+        max_entries (`int`, defaults to 64): Most prefixes kept; 0 or `None` switches sharing off.
+        min_tokens (`int`, defaults to 4): Shorter prefixes are not worth an attention over two pieces.
 
-    `hits` and `misses` count heads looked up, per batch, since the last `clear`. All three limits may be changed at any
+    `hits` and `misses` count prefixes looked up, per batch, since the last `clear`. All three limits may be changed at any
     time. A copied or pickled model starts with an empty cache of the same limits.
     """
 
@@ -79,16 +79,16 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         with self._lock:
-            return sum(head.nbytes for head in self._heads.values())
+            return sum(prefix.nbytes for prefix in self._prefixes.values())
 
     def __len__(self) -> int:
-        return len(self._heads)
+        return len(self._prefixes)
 
     def clear(self) -> None:
-        """Forgets all heads. Needed by hand only after writing through `.data` into a few single weights."""
+        """Forgets all prefixes. Needed by hand only after writing through `.data` into a few single weights."""
         with self._lock:
             self._scan: ModuleScan | None = None
-            self._heads: OrderedDict[tuple[int, ...], SharedHead] = OrderedDict()
+            self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
             self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
             self._fingerprint = None
             self.hits = self.misses = 0
@@ -100,35 +100,35 @@ class PrefixCache:
             scan = self._scan = ModuleScan(model)
         return scan
 
-    def get(self, head_ids: tuple[int, ...], fingerprint: tuple) -> SharedHead | None:
-        """The head's keys and values, if they were computed by the decoder that has this fingerprint."""
+    def get(self, prefix_ids: tuple[int, ...], fingerprint: tuple) -> SharedPrefix | None:
+        """The prefix's keys and values, if they were computed by the decoder that has this fingerprint."""
         with self._lock:
             if fingerprint != self._fingerprint:
-                self._heads.clear()
+                self._prefixes.clear()
                 self._fingerprint = fingerprint
-            head = self._heads.get(head_ids)
-            if head is None:
+            prefix = self._prefixes.get(prefix_ids)
+            if prefix is None:
                 self.misses += 1
             else:
                 self.hits += 1
-                self._heads.move_to_end(head_ids)
-            return head
+                self._prefixes.move_to_end(prefix_ids)
+            return prefix
 
-    def put(self, head_ids: tuple[int, ...], fingerprint: tuple, head: SharedHead) -> None:
-        """Keeps a head, and drops the least recently used ones beyond the limits. A head larger than them is not kept."""
+    def put(self, prefix_ids: tuple[int, ...], fingerprint: tuple, prefix: SharedPrefix) -> None:
+        """Keeps a prefix, and drops the least recently used ones beyond the limits. One larger than them is not kept."""
         with self._lock:
             if fingerprint == self._fingerprint:
-                self._heads[head_ids] = head
-            total = sum(head.nbytes for head in self._heads.values())
-            while self._heads and (total > (self.max_bytes or 0) or len(self._heads) > (self.max_entries or 0)):
-                total -= self._heads.popitem(last=False)[1].nbytes
+                self._prefixes[prefix_ids] = prefix
+            total = sum(prefix.nbytes for prefix in self._prefixes.values())
+            while self._prefixes and (total > (self.max_bytes or 0) or len(self._prefixes) > (self.max_entries or 0)):
+                total -= self._prefixes.popitem(last=False)[1].nbytes
 
-    def pays(self, head_ids: tuple[int, ...], rows: int) -> bool:
-        """Whether to compute a head that is not kept: it serves several rows now, or was asked for before."""
+    def pays(self, prefix_ids: tuple[int, ...], rows: int) -> bool:
+        """Whether to compute a prefix that is not kept: it serves several rows now, or was asked for before."""
         with self._lock:
-            known = head_ids in self._seen
-            self._seen[head_ids] = None
-            self._seen.move_to_end(head_ids)
+            known = prefix_ids in self._seen
+            self._seen[prefix_ids] = None
+            self._seen.move_to_end(prefix_ids)
             while len(self._seen) > 4 * (self.max_entries or 0):
                 self._seen.popitem(last=False)
             return rows > 1 or known
@@ -141,7 +141,7 @@ class PrefixCache:
 
 
 class _FullLayer(DynamicLayer):
-    """Gives attention the head's keys before the text's own; keeps nothing of the text."""
+    """Gives attention the prefix's keys before the text's own; keeps nothing of the text."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
@@ -153,7 +153,7 @@ class _FullLayer(DynamicLayer):
 
 
 class _SlidingLayer(DynamicSlidingWindowLayer):
-    """The same where attention reaches back `sliding_window` tokens: of a longer head only the last ones are kept."""
+    """The same where attention reaches back `sliding_window` tokens: of a longer prefix only the last ones are kept."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sliding_window: int, length: int):
         super().__init__(sliding_window)
@@ -164,60 +164,40 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-def expand_heads(heads: Sequence[SharedHead]) -> Cache:
-    """
-    The cache with which a decoder reads rows that start behind their heads, one head per row.
-
-    Rows with one and the same head see one copy of it, expanded. Different heads are padded on the left to the longest;
-    `attention_mask` then has to say where (see [`heads_mask`]).
-    """
-    longest = max(head.length for head in heads)
+def expand_prefix(prefix: SharedPrefix, batch_size: int) -> Cache:
+    """The cache with which a decoder reads rows that start behind a prefix: one copy of its keys and values, expanded."""
     layers = []
-    for parts in zip(*(head.layers for head in heads)):
-        window = parts[0].sliding_window
-        if all(head is heads[0] for head in heads):
-            keys = parts[0].keys.expand(len(heads), -1, -1, -1)  # (batch, num_key_value_heads, kept, head_dim)
-            values = parts[0].values.expand(len(heads), -1, -1, -1)
-        else:
-            kept = longest if window is None else min(longest, window - 1)
-            keys = torch.cat([_pad_left(part.keys, kept) for part in parts])
-            values = torch.cat([_pad_left(part.values, kept) for part in parts])
-        layers.append(_FullLayer(keys, values) if window is None else _SlidingLayer(keys, values, window, longest))
+    for layer in prefix.layers:
+        keys = layer.keys.expand(batch_size, -1, -1, -1)  # (batch, num_key_value_heads, kept, head_dim)
+        values = layer.values.expand(batch_size, -1, -1, -1)
+        window = layer.sliding_window
+        layers.append(
+            _FullLayer(keys, values) if window is None else _SlidingLayer(keys, values, window, prefix.length)
+        )
     return Cache(layers=layers)
 
 
-def heads_mask(heads: Sequence[SharedHead], device: torch.device) -> torch.Tensor:
-    """1 where a row's head has a token, 0 for its padding on the left: `(batch, longest)`."""
-    lengths = torch.tensor([head.length for head in heads], device=device)  # (batch,)
-    longest = max(head.length for head in heads)
-    return (torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(-1)).long()
-
-
-def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
-    return nn.functional.pad(states, (0, 0, length - states.shape[-2], 0))
-
-
-def compute_head(decoder: PreTrainedModel, head_ids: Sequence[int]) -> SharedHead | None:
+def compute_prefix(decoder: PreTrainedModel, prefix_ids: Sequence[int]) -> SharedPrefix | None:
     """
-    Runs the decoder over a head, with gradients where they are enabled.
+    Runs the decoder over a prefix, with gradients where they are enabled.
 
     Returns:
         What it leaves, or `None` from a decoder whose state is more than keys and values.
     """
     embeddings = decoder.get_input_embeddings()
-    ids = torch.tensor([head_ids], device=device_of(embeddings))  # (1, head_len)
+    ids = torch.tensor([prefix_ids], device=device_of(embeddings))  # (1, head_len)
     cache = DynamicCache(config=decoder.config)
     decoder(inputs_embeds=embeddings(ids), past_key_values=cache, use_cache=True)
     layers = []
     for layer in cache.layers:
         window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
-        kept = len(head_ids) if window is None else min(len(head_ids), window - 1)
+        kept = len(prefix_ids) if window is None else min(len(prefix_ids), window - 1)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized or window == 1:
             return None
         if layer.keys.shape[-2] != kept or layer.keys.shape[0] != 1:
             return None
-        layers.append(HeadLayer(layer.keys.contiguous(), layer.values.contiguous(), window))
-    return SharedHead(len(head_ids), tuple(layers)) if layers else None
+        layers.append(PrefixLayer(layer.keys.contiguous(), layer.values.contiguous(), window))
+    return SharedPrefix(len(prefix_ids), tuple(layers)) if layers else None
 
 
 class ModuleScan:
@@ -254,7 +234,7 @@ class ModuleScan:
         return bool(self.attentions) and all(module.is_causal for module in self.attentions)
 
     def why_not_shareable(self) -> str | None:
-        """Why a head's keys and values may depend on what follows it, or cannot be handed over; `None` if all is well."""
+        """Why a prefix's keys and values may depend on what follows it, or cannot be handed over; `None` if all is well."""
         if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
             return "it takes no past_key_values"
         if not self.is_causal():
@@ -265,7 +245,7 @@ class ModuleScan:
         return None
 
     def trains_with_state(self) -> bool:
-        """Whether training sees a head differently each time (dropout), or cannot take keys over (checkpointing)."""
+        """Whether training sees a prefix differently each time (dropout), or cannot take keys over (checkpointing)."""
         if not self.decoder.training:
             return False
         return bool(
@@ -276,7 +256,7 @@ class ModuleScan:
 
     def fingerprint(self) -> tuple:
         """
-        What a head's keys and values depend on besides its ids: where the weights are, how often they were written, some
+        What a prefix's keys and values depend on besides its ids: where the weights are, how often they were written, some
         of their numbers (writing through `.data` leaves no other trace), the adapters' state, attention and autocast.
         """
         tensors = [tensor for group in self.tensors for tensor in group.values() if tensor is not None]
@@ -294,12 +274,12 @@ class ModuleScan:
             tuple(map(_identity, tensors)),
             _sample(tensors),
             tuple(adapters),
-            attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a head; threads switch between them
+            attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a prefix; threads switch between them
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
 
-def look_both_ways(decoder: PreTrainedModel) -> None:
+def make_bidirectional(decoder: PreTrainedModel) -> None:
     """
     Makes a decoder's attention bidirectional (appendix C.6). Masks are made by the configuration; kernels that get none,
     because there is no padding, go by the modules.
@@ -338,90 +318,38 @@ def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_rea
     return tuple(number for part in parts.values() for number in torch.cat(part).float().tolist())
 
 
-def pad_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves padding to the right and cuts what all rows have too much."""
-    order = attention_mask.argsort(dim=-1, descending=True, stable=True)[:, : int(attention_mask.sum(-1).max())]
-    return input_ids.gather(-1, order), attention_mask.gather(-1, order)  # (batch, longest) each
+@torch.compiler.disable
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder looks back only; see [`ModuleScan`]."""
+    return model.prefix_cache.scan(model).is_causal()
 
 
-def split_heads(input_ids: torch.Tensor, slots: torch.Tensor) -> list[tuple[int, ...]]:
-    """The ids before each row's slot, of rows that are padded on the right."""
-    slot = int(slots[0])
-    heads = input_ids[:, :slot]
-    if (slots == slot).all() and (heads == heads[0]).all():
-        return [tuple(heads[0].tolist())] * len(input_ids)
-    return [tuple(row[:slot]) for row, slot in zip(input_ids.tolist(), slots.tolist())]
-
-
-def plan_rows(
-    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, packed: bool = False
-) -> list[tuple[torch.Tensor, dict]]:
+@torch.compiler.disable
+def find_prefix(model: PreTrainedModel, prefix_ids: torch.Tensor, rows: int) -> SharedPrefix | None:
     """
-    Splits a batch into rows whose head's keys and values are there and rows to be read in one piece. With `packed`, rows
-    that all have the same head, or none, come with a [`Packing`].
+    What a prefix `(1, prefix_len)` of `rows` rows leaves in the model's decoder, from its `prefix_cache` or newly computed
+    where that pays; `None` where the rows are to be read with their prefix.
 
-    Returns:
-        At most two pairs of row numbers and the arguments with which `forward` reads these rows.
+    Without gradients and outside training, it stays in the cache for later calls.
     """
-    input_ids, attention_mask = pad_right(input_ids, attention_mask)
-    slots = model.find_slots(input_ids).int().argmax(-1)  # (batch,)
-    scan = model.prefix_cache.scan(model)
-    is_causal = scan.is_causal()
-    heads = find_heads(model, scan, split_heads(input_ids, slots))
-    plan = []
-    for shared in (True, False):
-        rows = [row for row, head in enumerate(heads) if (head is not None) == shared]
-        if not rows:
-            continue
-        rows_heads = [heads[row] for row in rows]
-        rows = torch.tensor(rows, device=input_ids.device)
-        inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "right_padded": is_causal}
-        if shared:
-            ids, mask = behind_heads(inputs["input_ids"], inputs["attention_mask"], slots[rows])
-            mask = torch.cat([heads_mask(rows_heads, mask.device), mask], dim=-1)  # (rows, head_len + seq_len)
-            same = all(head is rows_heads[0] for head in rows_heads)
-            inputs = {"input_ids": ids, "attention_mask": mask, "right_padded": same and is_causal}
-            inputs["past_key_values"] = expand_heads(rows_heads)
-        if packed and inputs["right_padded"]:
-            seq_len = inputs["input_ids"].shape[1]
-            lengths = inputs["attention_mask"][:, -seq_len:].sum(-1).tolist()
-            inputs["packing"] = Packing(lengths, rows_heads[0])
-        plan.append((rows, inputs))
-    return plan
-
-
-def find_heads(model, scan: ModuleScan, heads_ids: Sequence[tuple[int, ...]]) -> list[SharedHead | None]:
-    """Each row's head, from the model's cache or newly computed where that pays; `None` for rows to be read in one piece."""
     cache, decoder = model.prefix_cache, model.decoder
-    counts = {ids: rows for ids, rows in Counter(heads_ids).items() if len(ids) >= cache.min_tokens}
-    if not cache.enabled or not counts or scan.is_offloaded():
-        return [None] * len(heads_ids)
+    if not cache.enabled or prefix_ids.shape[1] < cache.min_tokens:
+        return None
+    scan = cache.scan(model)
     keep = not (decoder.training or torch.is_grad_enabled())
-    if not keep and scan.trains_with_state():
-        return [None] * len(heads_ids)
+    if scan.is_offloaded() or (not keep and (rows < 2 or scan.trains_with_state())):
+        return None
+    ids = tuple(prefix_ids[0].tolist())
     state = scan.fingerprint() if keep else None
-    found: dict[tuple[int, ...], SharedHead | None] = {}
-    for head_ids, rows in counts.items():
-        found[head_ids] = cache.get(head_ids, state) if keep else None
-        if found[head_ids] is not None or not (cache.pays(head_ids, rows) if keep else rows > 1):
-            continue
-        reason = scan.why_not_shareable()
-        head = compute_head(decoder, head_ids) if reason is None else None
-        if head is None:
-            logger.debug(
-                "%s reads every head anew: %s.", type(decoder).__name__, reason or "its state is more than keys"
-            )
-            return [None] * len(heads_ids)
-        if keep:
-            cache.put(head_ids, state, head)
-        found[head_ids] = head
-    return [found.get(head_ids) for head_ids in heads_ids]
-
-
-def behind_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, slots: torch.Tensor):
-    """Rows and masks from the slot on, padded on the right."""
-    longest = int((attention_mask.sum(-1) - slots).max())
-    places = slots.unsqueeze(-1) + torch.arange(longest, device=slots.device)  # (batch, longest)
-    inside = places < input_ids.shape[-1]
-    places = places.clamp(max=input_ids.shape[-1] - 1)
-    return input_ids.gather(-1, places), attention_mask.gather(-1, places) * inside
+    if keep and (prefix := cache.get(ids, state)) is not None:
+        return prefix
+    if keep and not cache.pays(ids, rows):
+        return None
+    reason = scan.why_not_shareable()
+    prefix = compute_prefix(decoder, ids) if reason is None else None
+    if prefix is None:
+        reason = reason or "its state is more than keys"
+        logger.debug("%s reads every prefix anew: %s.", type(decoder).__name__, reason)
+    elif keep:
+        cache.put(ids, state, prefix)
+    return prefix

@@ -57,13 +57,15 @@ class Causal2VecSTModule(InputModule):
 
     def preprocess(self, inputs, prompt: str | None = None, examples=None, **kwargs) -> dict[str, torch.Tensor]:
         """The four tensors of a batch of texts; `prompt` is the instruction. Says once that texts are cut."""
-        tensors, cut = self.model.processor.tokenize(inputs, instruction=prompt or None, examples=examples)
-        counts = count_cut(cut)
+        processor = self.model.processor
+        rows = processor.rows(inputs, instruction=prompt or None, examples=examples)
+        counts = count_cut([row.cut for row in rows])
         if counts and not self.truncated:
-            told = describe_cut(counts, len(cut), self.model.processor.limits(examples=examples))
+            told = describe_cut(counts, len(rows), processor.limits(examples=examples))
             logger.warning(f"{told} `model[0].truncated` goes on counting.")
         self.model.add_truncated(counts)
-        return dict(tensors)
+        # `encode` needs no gradients; in training, losses cut a batch's tensors along their first dimension.
+        return dict(processor.pad(rows, return_prefix_ids=not torch.is_grad_enabled()))
 
     @property
     def truncated(self) -> Counter:
@@ -72,8 +74,8 @@ class Causal2VecSTModule(InputModule):
 
     def forward(self, features: dict, **kwargs) -> dict:
         """Adds `sentence_embedding` of shape `(batch, embedding_size)`, in float32."""
-        tensors = {name: features[name] for name in self.model.processor.model_input_names}
-        embeddings = self.model(**tensors, share_heads=not self.training).embeddings.float()
+        names = [*self.model.processor.model_input_names, "prefix_ids"]
+        embeddings = self.model(**{name: features[name] for name in names if name in features}).embeddings.float()
         if self.normalize:
             embeddings = nn.functional.normalize(embeddings, dim=-1)
         features["sentence_embedding"] = embeddings

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer, BatchFeature
@@ -33,6 +34,23 @@ except ImportError:
 
 
 logger = logging.get_logger(__name__)
+
+
+class Row(NamedTuple):
+    """
+    One text for both towers, as ids.
+
+    Args:
+        prefix_ids: What the decoder reads before the slot: the same for all texts of a task.
+        ids: What it reads from there on: slot, text, tail and EOS.
+        encoder_ids: What the encoder reads, if there is one.
+        cut: The towers that read only the text's beginning: `"decoder"`, `"encoder"`.
+    """
+
+    prefix_ids: list[int]
+    ids: list[int]
+    encoder_ids: list[int] | None
+    cut: tuple[str, ...]
 
 
 class Causal2VecProcessor(ProcessorMixin):
@@ -119,42 +137,45 @@ class Causal2VecProcessor(ProcessorMixin):
         max_length: int | None = None,
         return_tensors: str | None = "pt",
         truncation: bool = True,
+        return_prefix_ids: bool = False,
     ) -> BatchFeature:
         """
         Args:
             texts (`str` or list of `str`): What to embed; a string is a batch of one. Any string is fine.
             instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text.
             examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` and
-                optionally its own `"instruction"`; they become part of the head. A list of such lists gives each text its
+                optionally its own `"instruction"`; they become part of the prefix. A list of such lists gives each text its
                 own.
             max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
                 examples to `icl_max_seq_length`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
             truncation (`bool`, defaults to `True`): Cut texts that are too long; `False` refuses them.
+            return_prefix_ids (`bool`, defaults to `False`): Return what all rows begin with apart from them, so that
+                `forward` reads it once. Rows are then padded on the right.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
-            `encoder_attention_mask` (batch, encoder_seq_len) for the encoder if there is one, padded to the longest row.
+            `encoder_attention_mask` (batch, encoder_seq_len) for the encoder if there is one, padded to the longest row;
+            with `return_prefix_ids` also `prefix_ids` (1, prefix_len), of length 0 where rows begin differently.
 
         Raises:
             TypeError: something that should be a string is not, or `max_length` is no integer.
-            ValueError: as many instructions as texts were expected, the head leaves no room for text, or a text is too
+            ValueError: as many instructions as texts were expected, the prefix leaves no room for text, or a text is too
                 long and may not be cut.
         """
-        batch, cut = self.tokenize(texts, instruction, examples, max_length, return_tensors)
+        rows = self.rows(texts, instruction, examples, max_length)
         if not truncation:
-            self.refuse_cut(cut, self.limits(max_length, examples))
-        return batch
+            self.refuse_cut((row.cut for row in rows), self.limits(max_length, examples))
+        return self.pad(rows, return_prefix_ids, return_tensors)
 
-    def tokenize(
+    def rows(
         self,
         texts: str | Sequence[str],
         instruction: str | Sequence[str | None] | None = None,
         examples: Sequence[dict] | Sequence[Sequence[dict]] | None = None,
         max_length: int | None = None,
-        return_tensors: str | None = "pt",
-    ) -> tuple[BatchFeature, list[tuple[str, ...]]]:
-        """As `__call__`; also names, for each text, the towers that read only its beginning: `"decoder"`, `"encoder"`."""
+    ) -> list[Row]:
+        """The ids of each text, without padding; arguments and errors are `__call__`'s."""
         texts = [texts] if isinstance(texts, str) else check_texts(texts)
         instructions = broadcast_instruction(instruction, len(texts))
         max_length = self.limits(max_length, examples)["decoder"]
@@ -164,25 +185,47 @@ class Causal2VecProcessor(ProcessorMixin):
         if examples and isinstance(examples, (list, tuple)) and isinstance(examples[0], (list, tuple)):
             if len(examples) != len(texts):
                 raise ValueError(f"Expected examples for all texts or {len(texts)} lists, got {len(examples)} lists.")
-            heads = [self._encode_parts(*arguments) for arguments in zip(instructions, examples)]
+            parts = [self._encode_parts(*arguments) for arguments in zip(instructions, examples)]
         else:
             shared = {instruction: self._encode_parts(instruction, examples) for instruction in set(instructions)}
-            heads = [shared[instruction] for instruction in instructions]
-        rooms = [self._room(*head, max_length) for head in heads]
+            parts = [shared[instruction] for instruction in instructions]
+        rooms = [self._room(*part, max_length) for part in parts]
         texts = [_clean(text) for text in texts]
-        text_ids = first_ids(self.tokenizer, texts, max(rooms, default=0) + 1)
-        rows = [self._build_row(*head, ids[:room]) for head, ids, room in zip(heads, text_ids, rooms)]
-        arrays = _pad(rows, self._pad_token_id, self.tokenizer.padding_side)
-        cut = [("decoder",) * (len(ids) > room) for ids, room in zip(text_ids, rooms)]
+        decoder_ids = first_ids(self.tokenizer, texts, max(rooms, default=0) + 1)
+        encoder_ids: list[list[int] | None] = [None] * len(texts)
         if self.encoder_tokenizer is not None:
             before, behind = self._encoder_frame
-            room = self.encoder_max_seq_length - len(before) - len(behind)
-            text_ids = first_ids(self.encoder_tokenizer, texts, room + 1, self.text_prefix)
-            rows = [before + ids[:room] + behind for ids in text_ids]
+            encoder_room = self.encoder_max_seq_length - len(before) - len(behind)
+            encoder_ids = first_ids(self.encoder_tokenizer, texts, encoder_room + 1, self.text_prefix)
+        rows = []
+        for (prefix, behind_slot), room, ids, its_encoder_ids in zip(parts, rooms, decoder_ids, encoder_ids):
+            cut = ("decoder",) * (len(ids) > room)
+            slots = [self.contextual_token_id] * self.num_slots
+            ids = [*slots, *behind_slot, *ids[:room], *self._tail_ids, self.tokenizer.eos_token_id]
+            if its_encoder_ids is not None:
+                cut += ("encoder",) * (len(its_encoder_ids) > encoder_room)
+                its_encoder_ids = before + its_encoder_ids[:encoder_room] + behind
+            rows.append(Row(prefix, ids, its_encoder_ids, cut))
+        return rows
+
+    def pad(
+        self, rows: Sequence[Row], return_prefix_ids: bool = False, return_tensors: str | None = "pt"
+    ) -> BatchFeature:
+        """The tensors of a batch of rows, padded to the longest; arguments and results are `__call__`'s."""
+        side = "right" if return_prefix_ids else self.tokenizer.padding_side
+        one_prefix = return_prefix_ids and bool(rows) and all(row.prefix_ids == rows[0].prefix_ids for row in rows)
+        decoder_ids = [row.ids if one_prefix else row.prefix_ids + row.ids for row in rows]
+        arrays = _pad(decoder_ids, self._pad_token_id, side)
+        if self.encoder_tokenizer is not None:
             pad_token_id = self.encoder_tokenizer.pad_token_id or 0
-            arrays += _pad(rows, pad_token_id, self.encoder_tokenizer.padding_side)
-            cut = [towers + ("encoder",) * (len(ids) > room) for towers, ids in zip(cut, text_ids)]
-        return BatchFeature(dict(zip(self.model_input_names, arrays)), tensor_type=return_tensors), cut
+            arrays += _pad([row.encoder_ids for row in rows], pad_token_id, self.encoder_tokenizer.padding_side)
+        batch = dict(zip(self.model_input_names, arrays))
+        if return_prefix_ids:
+            batch["prefix_ids"] = [rows[0].prefix_ids if one_prefix else []]
+        batch = BatchFeature(batch, tensor_type=return_tensors)
+        if return_prefix_ids and return_tensors == "pt":
+            batch["prefix_ids"] = batch["prefix_ids"].long()  # also without any
+        return batch
 
     def limits(self, max_length: int | None = None, examples: Sequence | None = None) -> dict[str, int]:
         """How many tokens a row of each tower has at most."""
@@ -197,11 +240,11 @@ class Causal2VecProcessor(ProcessorMixin):
         examples: Sequence[dict] | None = None,
         max_length: int | None = None,
     ) -> Iterator[tuple[str, ...]]:
-        """`tokenize`'s second result alone, of any number of texts."""
+        """For each of any number of texts, the towers that read only its beginning."""
         instructions = broadcast_instruction(instruction, len(texts))
         for start in range(0, len(texts), CHUNK):
             part = slice(start, start + CHUNK)
-            yield from self.tokenize(texts[part], instructions[part], examples, max_length, return_tensors=None)[1]
+            yield from (row.cut for row in self.rows(texts[part], instructions[part], examples, max_length))
 
     @staticmethod
     def refuse_cut(cut: Iterable[tuple[str, ...]], limits: dict[str, int]) -> None:
@@ -230,7 +273,7 @@ class Causal2VecProcessor(ProcessorMixin):
         names = ["input_ids", "attention_mask", "encoder_ids", "encoder_attention_mask"]
         return names if self.encoder_tokenizer is not None else names[:2]
 
-    def encode_head(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
+    def encode_prefix(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
         """Ids of everything before the text but the slot. The same for every text of a task."""
         before, behind = self._encode_parts(instruction, examples)
         return before + behind
@@ -241,7 +284,7 @@ class Causal2VecProcessor(ProcessorMixin):
         """The first of the examples, as many as leave a quarter of a row, at most 512 tokens, to the text."""
         limit = max_length or self.icl_max_seq_length
         room = min(512, limit // 4)
-        while examples and len(self.encode_head(instruction, examples)) > limit - room:
+        while examples and len(self.encode_prefix(instruction, examples)) > limit - room:
             examples = examples[:-1]
         return examples
 
@@ -251,28 +294,24 @@ class Causal2VecProcessor(ProcessorMixin):
         if self.contextual_position == "before_instruction":
             behind = self._encode_plain(self.tokenizer, [user_part])[0]
             return self._bos_ids + self._encode_trusted(self.prompt_head), behind
-        head = self.prompt_head + user_part
-        if any(head.count(token) != self.prompt_head.count(token) for token in self._control_tokens):
-            head_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
+        prefix = self.prompt_head + user_part
+        if any(prefix.count(token) != self.prompt_head.count(token) for token in self._control_tokens):
+            prefix_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
         else:
-            head_ids = self._encode_trusted(head)
-        return self._bos_ids + head_ids, []
+            prefix_ids = self._encode_trusted(prefix)
+        return self._bos_ids + prefix_ids, []
 
     def _room(self, before: list[int], behind: list[int], max_length: int) -> int:
         """How many tokens of a text a row takes. Raises ValueError when there is no place for one."""
-        head, tail = len(before + behind), len(self._tail_ids)
-        room = max_length - head - tail - self.num_slots - 1
+        prefix, tail = len(before + behind), len(self._tail_ids)
+        room = max_length - prefix - tail - self.num_slots - 1
         if room < 1:
             raise ValueError(
-                f"max_length={max_length} leaves no room for text: the head (template, examples, instruction) has "
-                f"{head} tokens, the tail {tail}, the Contextual token and EOS {self.num_slots + 1}. Use at least "
-                f"max_length={max_length - room + 1}, or a shorter head."
+                f"max_length={max_length} leaves no room for text: the prefix (template, examples, instruction) "
+                f"has {prefix} tokens, the tail {tail}, the Contextual token and EOS {self.num_slots + 1}. Use at least "
+                f"max_length={max_length - room + 1}, or a shorter prefix."
             )
         return room
-
-    def _build_row(self, before: list[int], behind: list[int], text_ids: list[int]) -> list[int]:
-        slots = [self.contextual_token_id] * self.num_slots
-        return [*before, *slots, *behind, *text_ids, *self._tail_ids, self.tokenizer.eos_token_id]
 
     @staticmethod
     def _encode_plain(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -356,7 +395,7 @@ def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder
 
 def format_examples(examples: Sequence[dict] | None, instruction: str | None) -> str:
     """
-    In-context examples as the head carries them (bge-en-icl's format), each followed by a blank line.
+    In-context examples as the prefix carries them (bge-en-icl's format), each followed by a blank line.
 
     Raises:
         TypeError: an example is not a dict of strings.

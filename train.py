@@ -75,7 +75,7 @@ def run(
     if args.gradcache:
         rows_per_batch, args.gradient_accumulation_steps = rows_per_batch * args.gradient_accumulation_steps, 1
     micro_batches = args.gradient_accumulation_steps * args.world_size
-    collator = Collator(base.processor, data_args.train_max_length)
+    collator = Collator(base.processor, data_args.train_max_length, args.share_prefix)
     if data_args.streaming:
         batches = StreamedBatches(
             data,

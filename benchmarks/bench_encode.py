@@ -118,7 +118,7 @@ def read_examples(examples_dir: str | None, task: str, texts: list[str]) -> list
 def fit_examples(model: Causal2VecModel, instruction: str, examples: list[dict]) -> list[dict]:
     """The first examples, as many as fill at most half of what the decoder reads with examples."""
     limit = model.processor.icl_max_seq_length // 2
-    while examples and len(model.processor.encode_head(instruction, examples)) > limit:
+    while examples and len(model.processor.encode_prefix(instruction, examples)) > limit:
         examples = examples[:-1]
     return examples
 
@@ -136,12 +136,12 @@ class Methods:
         self.eos, self.max_length = self.processor.tokenizer.eos_token_id, self.processor.max_seq_length
 
     def all(self) -> dict[str, Callable[[], torch.Tensor]]:
-        head = self.processor.encode_head(self.instruction)
+        head = self.processor.encode_prefix(self.instruction)
         text_ids = self.processor._encode_plain(self.processor.tokenizer, self.texts)
         room = self.max_length - len(head) - 2
         text_ids = [ids[:room] for ids in text_ids]
         half = [ids[: room // 2] for ids in text_ids]
-        shots = self.processor.encode_head(self.instruction, self.examples)
+        shots = self.processor.encode_prefix(self.instruction, self.examples)
         query, response = self.plain(f"<instruct>{self.instruction}\n<query>"), self.plain("\n<response>")
         shots = shots[: len(shots) - len(self.plain(self.instruction))]  # examples alone; the prompt repeats the task
         return {
@@ -203,7 +203,7 @@ class Methods:
 
         def run() -> torch.Tensor:
             with sharing(self.model, shared):
-                return torch.cat([self.model.embed(**batch) for batch in batches])
+                return torch.cat([self.model(**batch).embeddings for batch in batches])
 
         return run
 
@@ -399,7 +399,7 @@ def bench_corpus(model, args) -> dict:
     words, instruction = (read_instruction("ArguAna") + ". " + read_instruction("SciFact")).split() * 5, ""
     for n in range(len(words)):
         instruction = " ".join(words[:n])
-        if len(model.processor.encode_head(instruction)) >= 50:
+        if len(model.processor.encode_prefix(instruction)) >= 50:
             break
 
     def input_order(instruction):
@@ -414,7 +414,7 @@ def bench_corpus(model, args) -> dict:
     def tokens_read(head):
         """Tokens per text of each tower in padded batches of input order, and without padding and heads."""
         padded, needed = {"decoder": 0, "encoder": 0}, {"decoder": 0, "encoder": 0}
-        head_tokens = len(model.processor.encode_head(head))
+        head_tokens = len(model.processor.encode_prefix(head))
         for start in range(0, len(texts), args.batch_size):
             batch = model.processor(texts[start : start + args.batch_size], head)
             for tower, mask in (("decoder", "attention_mask"), ("encoder", "encoder_attention_mask")):
@@ -435,7 +435,7 @@ def bench_corpus(model, args) -> dict:
         }
         seconds = interleaved(runs, max(2, args.repeats - 3), args.device)
         result[name] = {
-            "head_tokens": len(model.processor.encode_head(head)),
+            "head_tokens": len(model.processor.encode_prefix(head)),
             "difference": difference,
             "tokens_per_text": dict(zip(runs, tokens_read(head))),
             "texts_per_second": {run: len(texts) / statistics.median(values) for run, values in seconds.items()},

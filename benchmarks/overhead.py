@@ -73,11 +73,13 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"encode": measure(lambda: model.encode(texts, instruction=INSTRUCTION), towers, args.repeats)}
 
     peft_model = choose_parameters(model, ModelArguments(train_decoder="lora", train_encoder="lora")).train()
-    queries, documents = dict(model.processor(texts, INSTRUCTION)), dict(model.processor(texts))
+    queries, documents = (
+        dict(model.processor(texts, instruction, return_prefix_ids=True)) for instruction in (INSTRUCTION, None)
+    )
     loss, ids = InfoNCE(), torch.arange(args.rows)
 
     def step():
-        vectors = [peft_model(**side, share_heads=True).embeddings for side in (queries, documents)]
+        vectors = [peft_model(**side).embeddings for side in (queries, documents)]
         loss(*vectors, ids, ids + args.rows)
 
     results["training_step"] = measure(step, towers, args.repeats)

@@ -389,7 +389,7 @@ def test_examples_that_leave_no_room_are_left_out(tiny_model):
     batch = [data[key] for key in SingleDatasetBatchSampler(data, 8).epoch(0)[0]]
     assert max(len(e.examples) for e in batch) > 2
     limit = tiny_model.processor.icl_max_seq_length
-    assert len(tiny_model.processor.encode_head("find", batch[0].examples[:1] or batch[1].examples[:1])) < limit
+    assert len(tiny_model.processor.encode_prefix("find", batch[0].examples[:1] or batch[1].examples[:1])) < limit
     queries = Collator(tiny_model.processor)(batch)["queries"]
     assert queries["input_ids"].shape[1] <= limit
     assert (queries["input_ids"] == tiny_model.config.contextual_token_id).sum() == len(batch)

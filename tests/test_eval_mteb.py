@@ -352,7 +352,7 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
     instruction, fitting = encoder.head(task.leaves()[0].metadata, None)
     assert 0 < len(fitting) < 20 and fitting == examples[: len(fitting)]
     limit = encoder.backend.model.config.icl_max_seq_length
-    head = encoder.backend.model.processor.encode_head
+    head = encoder.backend.model.processor.encode_prefix
     assert len(head(instruction, fitting)) <= limit - limit // 4 < len(head(instruction, examples[: len(fitting) + 1]))
     record = run_task(task, encoder, tmp_path / "out", result_cache(tmp_path / "out"))
     assert record["examples"]["text"]["count"] == len(fitting) and record["examples"]["text"]["of"] == 20

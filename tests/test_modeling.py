@@ -155,14 +155,6 @@ class TestForward:
         assert sorted(without) == ["encoder_ids", "input_ids"]
         assert difference(embed(model, without), embed(model, batch)) <= FP32_BOUND
 
-    def test_contextual_token_computed_before(self, model):
-        batch = model.processor(TEXTS)
-        with torch.no_grad():
-            token = model.get_contextual_token(batch["encoder_ids"], batch["encoder_attention_mask"])
-        assert token.shape == (len(TEXTS), HIDDEN)
-        rest = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        assert torch.equal(embed(model, rest, contextual_token=token), embed(model, batch))
-
     def test_encoder_embedding_computed_before(self, model):
         batch = model.processor(TEXTS, instruction="Find it")
         with torch.no_grad():
@@ -170,8 +162,10 @@ class TestForward:
         rest = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         expected = embed(model, batch)
         assert torch.equal(embed(model, rest, encoder_embedding=vectors), expected)
-        shared = embed(model, rest, encoder_embedding=vectors, share_heads=True)
-        assert difference(shared, expected) <= FP32_BOUND
+        shared = model.processor(TEXTS, instruction="Find it", return_prefix_ids=True)
+        rest = {name: shared[name] for name in ("input_ids", "attention_mask", "prefix_ids")}
+        for packed in (False, True):
+            assert difference(embed(model, rest, encoder_embedding=vectors, packed=packed), expected) <= FP32_BOUND
 
     def test_later_positions_see_the_contextual_token_and_earlier_ones_do_not(self, model):
         batch = model.processor([TEXTS[1]] * 2, instruction="Find it")
@@ -202,7 +196,7 @@ class TestForward:
 
     def test_a_cached_head(self, model):
         instruction = "Given a question, retrieve passages that answer it"
-        head = model.processor.encode_head(instruction)
+        head = model.processor.encode_prefix(instruction)
         assert len(head) > 8, "shorter than the sliding window"
         batch = model.processor(TEXTS, instruction=instruction)
         expected = embed(model, batch)
@@ -219,7 +213,7 @@ class TestForward:
     def test_a_cached_head_without_a_mask(self, models):
         model = models("llama", "bert")
         batch = model.processor(TEXTS[1], instruction="Find it")
-        head = model.processor.encode_head("Find it")
+        head = model.processor.encode_prefix("Find it")
         cache = DynamicCache(config=model.decoder.config)
         with torch.no_grad():
             model.decoder(input_ids=torch.tensor([head]), past_key_values=cache, use_cache=True)
@@ -253,7 +247,7 @@ class TestForwardErrors:
 
     def test_nothing_for_the_encoder(self, models):
         model = models("llama", "bert")
-        with pytest.raises(ValueError, match="`encoder_ids`.*or a `contextual_token`"):
+        with pytest.raises(ValueError, match="`encoder_ids`.*or an `encoder_embedding`"):
             model(input_ids=model.processor("hi")["input_ids"])
 
     def test_no_tokenizers(self, models):
@@ -620,12 +614,10 @@ class TestLoadingOptions:
             for packed in (False, True):
                 vectors = model.encode(TEXTS, instruction="Find it for me", packed=packed)
                 assert difference(vectors, tiny_model.encode(TEXTS, instruction="Find it for me")) <= 1e-4
-            batch = model.processor(TEXTS, "Find it for me")
+            batch = model.processor(TEXTS, "Find it for me", return_prefix_ids=True)
             with torch.no_grad():
-                mean = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
-                embeddings = model(
-                    batch["input_ids"], batch["attention_mask"], encoder_embedding=mean, share_heads=True
-                )
+                mean = model.get_encoder_embedding(batch.pop("encoder_ids"), batch.pop("encoder_attention_mask"))
+                embeddings = model(**batch, encoder_embedding=mean)
             expected = embed(tiny_model, tiny_model.processor(TEXTS, "Find it for me"))
             assert difference(embeddings.embeddings.cpu(), expected) <= 1e-4
 

@@ -69,7 +69,7 @@ class TestBatches:
             batches = sorted_batches(model.processor, TEXTS, instructions, max_tokens=budget, **kwargs)
             return [len(rows) for rows, _, _ in batches]
 
-        assert len(sizes(count_heads=False)) < len(sizes(count_heads=True))
+        assert len(sizes(count_prefix=False)) < len(sizes(count_prefix=True))
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_longest_first_and_no_column_of_padding(self, model, side):
@@ -109,23 +109,23 @@ class TestNoMask:
     @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
     def test_padding_on_the_right_needs_none(self, family, make_model):
         model = make_model(family)
-        batch = model.processor(TEXTS, INSTRUCTION)
+        model.prefix_cache.max_bytes = 0
         masks = []
         model.decoder.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
         )
         with torch.no_grad():
-            masked = model(**batch).embeddings
-            unmasked = model(**batch, right_padded=True).embeddings
+            masked = model(**model.processor(TEXTS, INSTRUCTION)).embeddings
+            unmasked = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True), packed=False).embeddings
         assert masks[0] is not None and masks[1] is None
         torch.testing.assert_close(unmasked, masked, atol=1e-5, rtol=1e-5)
 
     def test_a_decoder_that_looks_ahead_keeps_it(self, model):
         model.decoder.config.is_causal = False
-        batch = model.processor(TEXTS, INSTRUCTION)
         with torch.no_grad():
-            masked = model(**batch).embeddings
-            torch.testing.assert_close(model.embed(**batch), masked, atol=1e-5, rtol=1e-5)
+            masked = model(**model.processor(TEXTS, INSTRUCTION)).embeddings
+            found = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True)).embeddings
+        torch.testing.assert_close(found, masked, atol=1e-5, rtol=1e-5)
         assert np.abs(model.encode(TEXTS) - plain(model, TEXTS)).max() <= 1e-5
 
 
@@ -237,11 +237,11 @@ class TestPacked:
         assert seen == [(1, int(model.processor(TEXTS)["attention_mask"].sum()))]
 
     def test_gradients(self, model):
-        batch = model.processor(TEXTS, INSTRUCTION)
+        batch = model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True)
         gradients = []
         for packed in (False, True):
             model.zero_grad()
-            embeddings = model.embed(**batch, packed=packed)
+            embeddings = model(**batch, packed=packed).embeddings
             weights = torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)
             (embeddings * weights).sum().backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from modeling_causal2vec import Causal2VecModel
-from prefix_cache import ModuleScan, PrefixCache, SharedHead, compute_head
+from prefix_cache import ModuleScan, PrefixCache, SharedPrefix, compute_prefix
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -89,21 +89,21 @@ class TestEqualsThePlainPath:
     @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
     def test_the_window_is_shorter_than_the_head(self, family, make_model):
         model = make_model(family)
-        head_ids = model.processor.encode_head(INSTRUCTION)
-        head = compute_head(model.decoder, head_ids)
+        head_ids = model.processor.encode_prefix(INSTRUCTION)
+        head = compute_prefix(model.decoder, head_ids)
         windows = [layer.sliding_window for layer in head.layers]
         assert 8 in windows and len(head_ids) > 8
         kept = [layer.keys.shape[-2] for layer in head.layers]
         assert kept == [len(head_ids) if window is None else window - 1 for window in windows]
 
-    def test_all_heads_of_a_batch_at_once(self, model):
+    def test_each_large_group_of_texts_has_its_prefix(self, model):
+        """Texts whose instruction is rare are read in whole rows, together."""
         texts, instructions = TEXTS * 2, [*INSTRUCTIONS, *INSTRUCTIONS, INSTRUCTION, INSTRUCTION, "x", None]
         expected = plain(model, texts, instructions)
-        model.encode(texts, instruction=instructions, batch_size=12)
         with decoder_tokens(model) as seen:
-            encoded = model.encode(texts, instruction=instructions, batch_size=12, packed=False)
+            encoded = model.encode(texts, instruction=instructions, batch_size=4, packed=False)
         assert np.abs(encoded - expected).max() <= 1e-5
-        assert [rows for rows, _ in seen] == [6, 6]  # those with a head worth keeping, and those without
+        assert [rows for rows, _ in seen] == [4, 4, 1, 4] and len(model.prefix_cache) == 1
 
     def test_bfloat16_stays_close(self, make_model):
         model = make_model("qwen3", dtype=torch.bfloat16)
@@ -117,19 +117,19 @@ class TestEqualsThePlainPath:
         batch = model.processor(TEXTS, INSTRUCTION)
         with torch.no_grad():
             whole = model(**batch).embeddings
-            shared = model(**batch, share_heads=True).embeddings
+            shared = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True)).embeddings
         assert len(model.prefix_cache) == 1
         torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("kwargs", [{"use_cache": True}, {"output_last_hidden_state": True}, {"encoder_ids": None}])
     def test_forward_refuses_what_it_would_not_heed(self, model, kwargs):
-        with pytest.raises(ValueError, match="share_heads"):
-            model(**{**model.processor(TEXTS, INSTRUCTION), **kwargs}, share_heads=True)
+        with pytest.raises(ValueError, match="encoder_ids" if "encoder_ids" in kwargs else "prefix_ids"):
+            model(**{**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True), **kwargs})
 
 
 class TestWhatIsSaved:
     def test_a_head_is_read_once(self, model):
-        head_len = len(model.processor.encode_head(INSTRUCTION, EXAMPLES))
+        head_len = len(model.processor.encode_prefix(INSTRUCTION, EXAMPLES))
         with decoder_tokens(model) as cold:
             model.encode(TEXTS, instruction=INSTRUCTION, examples=EXAMPLES, batch_size=2, packed=False)
         assert cold[0] == (1, head_len)
@@ -145,15 +145,15 @@ class TestWhatIsSaved:
             with decoder_tokens(model) as seen:
                 model.encode("hi", instruction=INSTRUCTION)
             lengths.append([tokens for _, tokens in seen])
-        head_len = len(model.processor.encode_head(INSTRUCTION))
+        head_len = len(model.processor.encode_prefix(INSTRUCTION))
         assert lengths[0] == [head_len + lengths[2][0]]  # first: in one piece, as it may be the only one
         assert lengths[1] == [head_len, *lengths[2]]
 
     def test_rows_of_one_head_share_its_memory(self, model):
-        from prefix_cache import expand_heads
+        from prefix_cache import expand_prefix
 
-        head = compute_head(model.decoder, model.processor.encode_head(INSTRUCTION))
-        expanded = expand_heads([head] * 5)
+        head = compute_prefix(model.decoder, model.processor.encode_prefix(INSTRUCTION))
+        expanded = expand_prefix(head, 5)
         for layer, own in zip(expanded.layers, head.layers):
             assert layer.keys.shape[0] == 5
             assert layer.keys.data_ptr() == own.keys.data_ptr()
@@ -279,7 +279,7 @@ class TestNeverStale:
             model.encode(TEXTS, instruction=INSTRUCTION, batch_size=2)
         model.train()
         for _ in range(3):
-            model(**model.processor(TEXTS, INSTRUCTION), share_heads=True)
+            model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True))
         model.eval()
         assert len(walks) == 1
         another_module(model)
@@ -289,9 +289,9 @@ class TestNeverStale:
     def test_training_keeps_nothing(self, model):
         model.train()
         with torch.no_grad():
-            model(**model.processor(TEXTS, INSTRUCTION), share_heads=True)
+            model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True))
         model.eval()
-        model(**model.processor(TEXTS, INSTRUCTION), share_heads=True)  # with gradients
+        model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True))  # with gradients
         assert len(model.prefix_cache) == 0
 
 
@@ -315,7 +315,7 @@ class TestBounds:
     def test_bytes(self, model):
         model.encode(TEXTS, instruction=INSTRUCTION)
         one = model.prefix_cache.nbytes
-        keys = compute_head(model.decoder, model.processor.encode_head(INSTRUCTION)).layers[0].keys
+        keys = compute_prefix(model.decoder, model.processor.encode_prefix(INSTRUCTION)).layers[0].keys
         assert one == 2 * 2 * keys.nbytes  # layers, keys and values
         model.prefix_cache.max_bytes = int(2.5 * one)
         for i in range(5):
@@ -328,7 +328,7 @@ class TestBounds:
 
     def test_the_least_recently_used_goes_first(self):
         cache = PrefixCache(max_entries=2)
-        head = SharedHead(1, ())
+        head = SharedPrefix(1, ())
         for ids in ((1,), (2,)):
             assert cache.get(ids, ("weights",)) is None
             cache.put(ids, ("weights",), head)
@@ -339,7 +339,7 @@ class TestBounds:
     def test_what_other_weights_left_is_not_kept(self):
         cache = PrefixCache()
         cache.get((1,), ("new",))
-        cache.put((1,), ("old",), SharedHead(1, ()))  # computed by a thread before the weights changed
+        cache.put((1,), ("old",), SharedPrefix(1, ()))  # computed by a thread before the weights changed
         assert len(cache) == 0
 
 
@@ -402,10 +402,10 @@ class TestDecodersThatCannot:
 
 
 class TestGradients:
-    def gradients(self, model, batch, **kwargs):
+    def gradients(self, model, batch):
         model.zero_grad()
         with decoder_tokens(model) as seen:
-            embeddings = model(**batch, **kwargs).embeddings
+            embeddings = model(**batch).embeddings
         weights = torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)
         (embeddings * weights).sum().backward()
         return (
@@ -415,10 +415,10 @@ class TestGradients:
         )
 
     def check(self, model, instructions):
-        batch = model.processor(TEXTS, instructions)
         model.train()
-        whole, whole_gradients, whole_tokens = self.gradients(model, batch)
-        shared, shared_gradients, shared_tokens = self.gradients(model, batch, share_heads=True)
+        whole, whole_gradients, whole_tokens = self.gradients(model, model.processor(TEXTS, instructions))
+        batch = model.processor(TEXTS, instructions, return_prefix_ids=True)
+        shared, shared_gradients, shared_tokens = self.gradients(model, batch)
         torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
         assert shared_gradients.keys() == whole_gradients.keys()
         for name, gradient in whole_gradients.items():
@@ -434,10 +434,10 @@ class TestGradients:
         shared_tokens, whole_tokens = self.check(model, INSTRUCTION)
         assert shared_tokens < 0.8 * whole_tokens
 
-    def test_different_heads(self, model):
+    def test_different_prefixes_are_read_with_their_rows(self, model):
         quiet(model)
         shared_tokens, whole_tokens = self.check(model, [INSTRUCTION, "x", INSTRUCTION, "only here", "x", None])
-        assert shared_tokens < whole_tokens
+        assert shared_tokens == whole_tokens
 
     def test_lora(self, model):
         peft = pytest.importorskip("peft")
@@ -458,10 +458,9 @@ class TestGradients:
         model = make_model("gpt_neox")
         model.decoder.config.attention_dropout = 0.1
         model.train()
-        batch = model.processor(TEXTS, INSTRUCTION)
         with decoder_tokens(model) as seen:
-            model(**batch, share_heads=True)
-        assert [tokens for _, tokens in seen] == [batch["input_ids"].shape[1]]
+            model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True))
+        assert [tokens for _, tokens in seen] == [model.processor(TEXTS, INSTRUCTION)["input_ids"].shape[1]]
 
 
 def quiet(model):

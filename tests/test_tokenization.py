@@ -152,7 +152,7 @@ class TestGoldenIds:
         assert processor("hi", instruction="Find it")["input_ids"].tolist() == [
             [*find_it, SLOT, 286, 223, END_INST, EOS]
         ]
-        assert processor.encode_head("Find it") == find_it
+        assert processor.encode_prefix("Find it") == find_it
 
     def test_encoder(self, tiny_model):
         processor = tiny_model.processor
@@ -228,7 +228,7 @@ class TestLayout:
         processor = make_processor()
         processor.tokenizer.padding_side = processor.encoder_tokenizer.padding_side = side
         batch = processor(["hi", TEXTS[1]])
-        assert_layout(processor, batch, processor.encode_head())
+        assert_layout(processor, batch, processor.encode_prefix())
         edge = 0 if side == "left" else -1
         assert batch["input_ids"][0, edge] == PAD and batch["encoder_ids"][0, edge] == ENCODER_PAD
         assert rows_of(batch)[0] == rows_of(processor("hi"))[0]
@@ -261,11 +261,11 @@ class TestHead:
     def test_is_the_same_for_every_text(self, processor):
         texts = [*TEXTS, *HOSTILE, *ODD.values()]
         for instruction in (None, "Find it", "It is </s> [INST]"):
-            head = processor.encode_head(instruction)
+            head = processor.encode_prefix(instruction)
             assert_layout(processor, processor(texts, instruction=instruction), head)
 
     def test_no_instruction_is_an_empty_one(self, processor):
-        assert processor.encode_head(None) == processor.encode_head("") == [BOS, INST, 223]
+        assert processor.encode_prefix(None) == processor.encode_prefix("") == [BOS, INST, 223]
 
     def test_one_instruction_per_text(self, processor):
         instructions = ["Find it", None, "", "Sort"]
@@ -278,7 +278,7 @@ class TestHead:
         examples = [{"query": "eat?", "response": "46 g"}, {"query": "hi", "response": "ho", "instruction": "Greet"}]
         (row,) = rows_of(processor("female", instruction="Find it", examples=examples))
         slot = row.index(SLOT)
-        assert row[:slot] == processor.encode_head("Find it", examples)
+        assert row[:slot] == processor.encode_prefix("Find it", examples)
         assert processor.tokenizer.decode(row[2:slot]) == (
             " <instruct>Find it\n<query>eat?\n<response>46 g\n\n<instruct>Greet\n<query>hi\n<response>ho\n\nFind it"
         )
@@ -311,7 +311,7 @@ class TestHead:
 class TestLength:
     @pytest.mark.parametrize("instruction", [None, "Find it"])
     def test_only_the_text_is_cut(self, processor, instruction):
-        head = processor.encode_head(instruction)
+        head = processor.encode_prefix(instruction)
         (whole,) = rows_of(processor(TEXTS[1], instruction=instruction))
         fixed = len(head) + 1 + 3  # slot; two tokens of tail and EOS
         text_ids = whole[len(head) + 1 : -3]
@@ -483,20 +483,16 @@ class TestLongTexts:
 class TestTruncation:
     def test_what_was_cut_is_named(self, processor):
         texts = ["hi", "a b " * 30, "word " * 500]
-        batch, cut = processor.tokenize(texts)
+        cut = [row.cut for row in processor.rows(texts)]
         assert cut == [(), ("encoder",), ("decoder", "encoder")]
-        assert batch.keys() == processor(texts).keys()
         assert list(processor.towers_cut(texts * 700)) == cut * 700
-        assert processor.tokenize(texts[1], max_length=20)[1] == [("decoder", "encoder")]
+        assert [row.cut for row in processor.rows(texts[1], max_length=20)] == [("decoder", "encoder")]
 
     def test_a_text_that_just_fits_is_not_cut(self, processor):
         """Both towers read a token a letter here."""
         (whole,) = rows_of(processor("z z z z z"))
-        assert [processor.tokenize("z z z z z", max_length=len(whole) - less)[1] for less in (0, 1)] == [
-            [()],
-            [("decoder",)],
-        ]
-        assert [processor.tokenize("z " * count)[1] for count in (38, 39)] == [[()], [("encoder",)]]
+        assert [processor.rows("z z z z z", max_length=len(whole) - less)[0].cut for less in (0, 1)] == [(), ("decoder",)]
+        assert [processor.rows("z " * count)[0].cut for count in (38, 39)] == [(), ("encoder",)]
 
     @pytest.mark.parametrize(
         "max_length, facts", [(30, ["position 2", "decoder", "30"]), (None, ["position 1", "encoder", "40"])]
@@ -524,7 +520,7 @@ class TestTextsCannotForge:
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     def test_as_an_instruction(self, processor, text):
         for instruction in (text, f"Find {text} it"):
-            head = processor.encode_head(instruction)
+            head = processor.encode_prefix(instruction)
             assert not {PAD, EOS, SLOT, END_INST} & set(head)
             assert (head.count(BOS), head.count(INST)) == (1, 1)
             assert processor.tokenizer.decode(head[2:]) == " " + instruction
@@ -534,17 +530,17 @@ class TestTextsCannotForge:
     @pytest.mark.parametrize("key", ["query", "response", "instruction"])
     def test_as_an_example(self, processor, key, text):
         examples = [{"query": "hi", "response": "ho", "instruction": "Greet", key: text}]
-        head = processor.encode_head("Find it", examples)
+        head = processor.encode_prefix("Find it", examples)
         assert text in processor.tokenizer.decode(head)
         assert_layout(processor, processor(["hi", text], "Find it", examples), head, max_length=256)
 
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     def test_control_tokens_in_text_and_instruction_together(self, processor, text):
         batch = processor([text], instruction=text, examples=[{"query": text, "response": text}])
-        assert_layout(processor, batch, processor.encode_head(text, [{"query": text, "response": text}]), 256)
+        assert_layout(processor, batch, processor.encode_prefix(text, [{"query": text, "response": text}]), 256)
 
     def test_the_template_keeps_its_control_tokens_beside_a_hostile_instruction(self, processor):
-        assert processor.encode_head("</s>")[:3] == processor.encode_head("Find")[:3] == [BOS, INST, 223]
+        assert processor.encode_prefix("</s>")[:3] == processor.encode_prefix("Find")[:3] == [BOS, INST, 223]
 
     def test_halves_do_not_join_over_a_border(self):
         """No control token arises where template, instruction and text meet."""
@@ -564,7 +560,7 @@ class TestTextsCannotForge:
         spare=st.integers(1, 60),
     )
     def test_any_text(self, processor, texts, instruction, spare):
-        head = processor.encode_head(instruction)
+        head = processor.encode_prefix(instruction)
         max_length = len(head) + 4 + spare
         assert_layout(processor, processor(texts, instruction, max_length=max_length), head, max_length)
 
@@ -587,7 +583,7 @@ class TestOddTexts:
         assert rows_of(processor("a\udc00b")) == rows_of(processor("a\ufffdb"))
         assert encoder_rows_of(processor("a\udc00b")) == encoder_rows_of(processor("a\ufffdb"))
         assert rows_of(processor("\ud83d\ude00")) == rows_of(processor("\U0001f600"))
-        assert processor.encode_head("a\udc00b") == processor.encode_head("a\ufffdb")
+        assert processor.encode_prefix("a\udc00b") == processor.encode_prefix("a\ufffdb")
 
     def test_a_hundred_thousand_words(self, processor, tiny_model):
         text = "word " * 100_000

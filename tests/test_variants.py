@@ -151,8 +151,7 @@ class TestVectors:
         for choice in (*packed, *packed):  # the second time, with what is kept of the first
             found = model.encode(TEXTS, instruction=INSTRUCTION, batch_size=4, packed=choice)
             assert np.abs(found - expected).max() <= 1e-5
-        causal = ("concat", "average", "eos", "eos_encoder", "before", "two", "eight", "token_prepending")
-        assert (model.prefix_cache.hits > 0) == (name in causal)  # what has a head before its slot
+        assert (model.prefix_cache.hits > 0) != model.config.bidirectional
         assert ModuleScan(model).is_causal() != model.config.bidirectional
 
     def test_examples(self, variants, name):
@@ -172,11 +171,10 @@ class TestVectors:
 
     def test_gradients_reach_all_weights_that_are_there(self, variants, name):
         model = variants(name)
-        batch = model.processor(TEXTS, INSTRUCTION)
         results = {}
         for share in (False, True):
             model.zero_grad()
-            embeddings = model(**batch, share_heads=share).embeddings
+            embeddings = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=share)).embeddings
             (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
             results[share] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
@@ -262,7 +260,7 @@ class TestRows:
     def test_slots_stand_next_to_each_other_and_text_is_cut(self, variants):
         model = variants("eight")
         row = model.processor("word " * 50, "Find", max_length=30)["input_ids"][0].tolist()
-        head = model.processor.encode_head("Find")
+        head = model.processor.encode_prefix("Find")
         assert len(row) == 30 and row[-1] == 2
         assert row[: len(head) + 8] == [*head, *[model.config.contextual_token_id] * 8]
         with pytest.raises(ValueError, match=f"Use at least max_length={len(head) + 10}"):
@@ -277,17 +275,24 @@ class TestRows:
     def test_a_contextual_token_per_row(self, variants, name):
         """Given for more rows than there are, they would else go to the wrong ones."""
         model = variants(name)
-        tokens = model.get_contextual_token(
-            *(model.processor(TEXTS[:3])[key] for key in model.processor.model_input_names[2:])
-        )
+        batch = model.processor(TEXTS[:3])
+        vectors = model.get_encoder_embedding(batch["encoder_ids"], batch["encoder_attention_mask"])
         with pytest.raises(RuntimeError, match="shape"):
-            model(**model.processor(TEXTS[:2]), contextual_token=tokens)
+            model(**model.processor(TEXTS[:2]), encoder_embedding=vectors)
 
-    @pytest.mark.parametrize("name", ["last_token", "embedding_concat", "two"])
-    def test_an_encoder_embedding_that_is_not_projected(self, variants, name):
-        model = variants(name)
-        with pytest.raises(ValueError, match="one Contextual token; this is none"):
+    def test_an_encoder_embedding_without_an_encoder(self, variants):
+        model = variants("last_token")
+        with pytest.raises(ValueError, match="has no encoder"):
             model(**model.processor(TEXTS[:2]), encoder_embedding=torch.zeros(2, 24))
+
+    @pytest.mark.parametrize("name", ["concat", "two", "embedding_concat"])
+    def test_an_encoder_embedding_computed_before(self, variants, name):
+        model = variants(name)
+        batch = dict(model.processor(TEXTS, INSTRUCTION))
+        with torch.no_grad():
+            expected = model(**batch).embeddings
+            vectors = model.get_encoder_embedding(batch.pop("encoder_ids"), batch.pop("encoder_attention_mask"))
+            assert torch.equal(model(**batch, encoder_embedding=vectors).embeddings, expected)
 
     @pytest.mark.parametrize("name", ["last_token", "embedding_concat"])
     def test_no_slot(self, variants, name):
@@ -333,11 +338,11 @@ class TestBidirectional:
         assert (model(**longer).last_hidden_state[0, 0] - first).abs().max() > 1e-4
 
     def test_a_decoder_without_a_switch(self, variants):
-        from prefix_cache import look_both_ways
+        from prefix_cache import make_bidirectional
 
         decoder = torch.nn.Linear(2, 2)
         with pytest.raises(ValueError, match="`bidirectional` is not possible for Linear"):
-            look_both_ways(decoder)
+            make_bidirectional(decoder)
 
 
 class TestTokenPrepending:

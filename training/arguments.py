@@ -144,7 +144,7 @@ class Causal2VecTrainingArguments(TrainingArguments):
             "help": "All rows of a global batch are negatives of each other: the accumulation steps become mini-batches of one batch."
         },
     )
-    share_heads: bool = field(
+    share_prefix: bool = field(
         default=True,
         metadata={
             "help": "Rows of a batch with the same instruction read it once; gradients are the same. Without effect under gradient checkpointing or dropout."

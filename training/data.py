@@ -515,23 +515,33 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 class Collator:
     """
     Makes the tensors of a micro-batch: `queries` and `documents` (positives first, then all hard negatives), each the
-    processor's four tensors, and `query_ids` (batch,), `document_ids` (documents,): one number per distinct text, by
+    processor's tensors, and `query_ids` (batch,), `document_ids` (documents,): one number per distinct text, by
     which the loss knows duplicates on every rank. `decoder_tokens` counts, `dataset` and `rows` say where it came from.
     """
 
-    def __init__(self, processor, max_length: int | None = None):
-        self.processor, self.max_length = processor, max_length
+    def __init__(self, processor, max_length: int | None = None, share_prefix: bool = True):
+        self.processor, self.max_length, self.share_prefix = processor, max_length, share_prefix
 
     def __call__(self, batch: list[Example]) -> dict:
         queries = [example.query for example in batch]
         documents = [example.positive for example in batch] + [text for e in batch for text in e.negatives]
         sides = {
             "queries": self.encode_queries(batch),
-            "documents": dict(self.processor(documents, batch[0].document_instruction, max_length=self.max_length)),
+            "documents": dict(
+                self.processor(
+                    documents,
+                    batch[0].document_instruction,
+                    max_length=self.max_length,
+                    return_prefix_ids=self.share_prefix,
+                )
+            ),
         }
         return {
             **sides,
-            "decoder_tokens": sum(int(side["attention_mask"].sum()) for side in sides.values()),
+            "decoder_tokens": sum(
+                int(side["attention_mask"].sum()) + side.get("prefix_ids", side["input_ids"][:0]).numel()
+                for side in sides.values()
+            ),
             "query_ids": torch.tensor([text_id(text) for text in queries]),
             "document_ids": torch.tensor([text_id(text) for text in documents]),
             "dataset": batch[0].dataset,
@@ -547,6 +557,7 @@ class Collator:
                 batch[0].instruction,
                 examples=examples if any(examples) else None,
                 max_length=None if any(examples) else self.max_length,
+                return_prefix_ids=self.share_prefix,
             )
         )
 

@@ -207,7 +207,7 @@ def split_by_length(batch: dict[str, torch.Tensor], size: int) -> tuple[list[dic
     longest_first = batch["attention_mask"].sum(-1).argsort(descending=True, stable=True)  # (batch,)
     batches = []
     for rows in longest_first.split(size):
-        part = {name: tensor[rows] for name, tensor in batch.items()}
+        part = {name: ids if name == "prefix_ids" else ids[rows] for name, ids in batch.items()}
         for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
             if ids in part:
                 used = part[mask].any(0)  # (seq_len,)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE, write_json, write_sentence_transformers_files
@@ -59,7 +60,10 @@ def show_batch(processor, batch: dict, rows: int = 2) -> str:
             for reader, tokenizer, ids, mask in zip(
                 ("decoder", "encoder"), (processor.tokenizer, processor.encoder_tokenizer), row[::2], row[1::2]
             ):
-                lines.append(f"{side} {reader}: {tokenizer.decode(ids[mask.bool()])}")
+                ids = ids[mask.bool()]
+                if reader == "decoder" and "prefix_ids" in batch[side]:
+                    ids = torch.cat([batch[side]["prefix_ids"][0], ids])
+                lines.append(f"{side} {reader}: {tokenizer.decode(ids)}")
     return "\n".join(lines)
 
 
@@ -140,6 +144,7 @@ def save_folder(save: Callable[[Path], None], model: Causal2VecModel, folder: Pa
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save(temporary)
+    custom_object_save(model, temporary, model.config)  # an adapter's folder names the model's class, too
     model.config.save_pretrained(temporary)
     model.processor.save_pretrained(temporary)
     write_sentence_transformers_files(temporary, model.config)

@@ -36,6 +36,10 @@ class Causal2VecTrainer(Trainer):
         self.loss, self.sampler, self.dev_sets, self.mini_batch_size = loss, sampler, dev_sets, mini_batch_size
         self.decoder_tokens = 0  # read by this process
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
+        if self.args.n_gpu > 1:  # DataParallel would cut what all rows share
+            raise ValueError(
+                "Several GPUs need one process each: accelerate launch train.py ..., see docs/training.md."
+            )
         if self.is_fsdp_enabled:
             if not self.accelerator.is_fsdp2:
                 raise ValueError("FSDP must be of version 2 (fsdp_version), as in recipes/accelerate/fsdp.yaml.")
@@ -72,9 +76,8 @@ class Causal2VecTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         eval_frozen_towers(self.model)
         self._read_encoder(inputs)
-        share = self.args.share_heads
-        queries = model(**inputs["queries"], share_heads=share).embeddings  # (batch, dim)
-        documents = model(**inputs["documents"], share_heads=share).embeddings  # (batch + negatives, dim)
+        queries = model(**inputs["queries"]).embeddings  # (batch, dim)
+        documents = model(**inputs["documents"]).embeddings  # (batch + negatives, dim)
         loss = self._loss(queries, documents, inputs)
         return (loss, {"queries": queries, "documents": documents}) if return_outputs else loss
 
@@ -89,7 +92,7 @@ class Causal2VecTrainer(Trainer):
 
         def embed(batch: dict) -> torch.Tensor:
             with self.compute_loss_context_manager():
-                return model(**batch, share_heads=self.args.share_heads).embeddings.float()
+                return model(**batch).embeddings.float()
 
         def loss_from(embeddings):
             queries, documents = (rows[order] for rows, order in zip(embeddings, orders))
