@@ -26,7 +26,7 @@ INSTALL := $(BIN)/pip install --constraint $(VENV)/torch.txt --constraint $(CONS
 .PHONY: demo test test-oldest bases lint clean
 
 demo: $(VENV)/.core
-	$(BIN)/python embed.py search "$(QUERY)" $(FILES)
+	$(BIN)/python -m scripts.embed search "$(QUERY)" $(FILES)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """What Causal2Vec itself costs beside its two towers: processor time of one `encode` batch and of one training step.
 
-    python benchmarks/overhead.py                            # bases/, which `make bases` makes
-    python benchmarks/overhead.py --decoder bases/gemma-3-270m
+    python -m benchmarks.overhead                            # bases/, which `make bases` makes
+    python -m benchmarks.overhead --decoder bases/gemma-3-270m
 
 Everything runs on one thread, and time is that thread's own, so that other work on the machine does not count. `towers` is
 the time inside the forward passes of encoder, projector and decoder, `rest` everything else: tensors put in place, what is
@@ -12,15 +12,15 @@ loss alone, since the backward pass is torch's. Medians; --output gets them as J
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from saving_utils import write_json
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -55,10 +55,11 @@ def measure(run, towers: Towers, repeats: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict:
     from modeling_causal2vec import Causal2VecModel
-    from train import ModelArguments, choose_parameters
+    from training.arguments import ModelArguments
     from training.losses import InfoNCE
+    from training.model import choose_parameters
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--encoder", default=str(ROOT / "bases" / "all-MiniLM-L6-v2"))
     parser.add_argument("--decoder", default=str(ROOT / "bases" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--rows", type=int, default=8)
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
     results["training_step"] = measure(step, towers, args.repeats)
     results["layers"] = model.decoder.config.get_text_config().num_hidden_layers
     if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, results)
     print(json.dumps(results))
     return results
 

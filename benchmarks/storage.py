@@ -1,7 +1,7 @@
 """What smaller vectors lose: float32, float16, int8 and binary, at full and truncated dimensions.
 
-    python benchmarks/storage.py --data_dir ../shared/data/eval --output benchmarks/results/storage
-    python benchmarks/storage.py --redraw benchmarks/results/storage
+    python -m benchmarks.storage --data_dir ../shared/data/eval --output benchmarks/results/storage
+    python -m benchmarks.storage --redraw benchmarks/results/storage
 
 Texts are embedded once; every variant is made from those vectors, documents and queries alike, by sentence-transformers'
 quantize_embeddings as in its `precision=`. int8 takes each number's range from the documents (of an STS pack, from all
@@ -11,18 +11,14 @@ times 100. Left in --output: storage.json, storage.md and storage.png.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from saving_utils import write_json, write_text
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from saving_utils import write_json, write_text  # noqa: E402
-
-
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
 
 
@@ -125,7 +121,7 @@ def write(results: dict, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
     parser.add_argument("--data_dir", default="eval", help="folder of packs in mteb's layout")
     parser.add_argument("--packs", nargs="+", default=["STSBenchmark", "SciFact"], help="STS or retrieval packs")

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import socket
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,6 @@ _modules_cache = tempfile.TemporaryDirectory()  # remote code is copied here, an
 os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
@@ -292,7 +290,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def incomplete(folder: Path) -> list[str]:
     """What a folder that has a config.json lacks of a checkpoint."""
-    from push_to_hub import weights_problems
+    from scripts.push_to_hub import weights_problems
 
     files = [path.relative_to(folder) for path in folder.iterdir()]
     needed = ("tokenizer.json", "tokenizer_config.json", "encoder_tokenizer/tokenizer.json", "processor_config.json")

@@ -1,4 +1,4 @@
-"""ablation.py: what is run, what is kept, what the tables say; on tiny backbones and packs."""
+"""scripts/ablation.py: what is run, what is kept, what the tables say; on tiny backbones and packs."""
 
 import json
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from eval_packs import retrieval_configs, write_pack, write_sts
 
-import ablation
 import train
+from scripts import ablation
 from training.arguments import ModelArguments
 from training.model import choose_parameters, load_model
 
@@ -21,7 +21,7 @@ SHORT = ("components", "pooling", "embedder", "icl")
 
 @pytest.fixture(scope="module")
 def study(backbone_dir, tmp_path_factory):
-    """Returns a function that runs ablation.py on tiny backbones with further flags."""
+    """Returns a function that runs the script on tiny backbones with further flags."""
     folder = tmp_path_factory.mktemp("ablation")
     rows = [
         {"query": f"question {i}", "positive": f"the answer to {i} is {i * 7}", "negatives": [f"no answer {i}"]}
@@ -151,9 +151,7 @@ def test_another_budget_needs_another_folder(study, results):
 
 
 def test_a_failed_task_leaves_no_run(study, results, monkeypatch):
-    import eval_mteb
-
-    monkeypatch.setattr(eval_mteb, "run", lambda *args: ["STS16"])
+    monkeypatch.setattr(ablation, "run", lambda *args: ["STS16"])
     with pytest.raises(RuntimeError, match="tokens_2, seed 42: STS16 failed"):
         study("--study", "tokens", "--seeds", 1)
     assert not (results / "runs" / "tokens_2.42.json").exists()

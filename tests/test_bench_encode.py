@@ -1,25 +1,17 @@
-"""benchmarks/bench_encode.py: it runs in a clone alone, at any decoder size, and redraws itself."""
+"""benchmarks/encode.py: it runs in a clone alone, at any decoder size, and redraws itself."""
 
 import contextlib
-import importlib.util
 import io
 import json
 
 import pytest
 import torch
-from conftest import ROOT
+
+from benchmarks import encode as bench
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_encode", ROOT / "benchmarks" / "bench_encode.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def run(bench, saved_dir, tmp_path_factory):
+def run(saved_dir, tmp_path_factory):
     """One tiny run: its folder and its results, which are the last line of its output too."""
     folder = tmp_path_factory.mktemp("bench")
     decoder = dict(
@@ -28,15 +20,16 @@ def run(bench, saved_dir, tmp_path_factory):
     (folder / "decoder.json").write_text(
         json.dumps({**decoder, "num_key_value_heads": 2, "max_position_embeddings": 512})
     )
+    (folder / "STS12.json").write_text(json.dumps([{"query": "a cat", "response": "a small cat"}]))  # room is left
     threads = torch.get_num_threads()
-    bench.PRECISIONS.pop("float32 compiled")  # compiling takes minutes
-    bench.has_fast_bfloat16 = lambda: True  # this small, it is quick on any processor
     told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    with contextlib.redirect_stdout(told), pytest.MonkeyPatch.context() as patch:
+        patch.delitem(bench.PRECISIONS, "float32 compiled")  # compiling takes minutes
+        patch.setattr(bench, "has_fast_bfloat16", lambda: True)  # this small, it is quick on any processor
         results = bench.main(
             f"--model {saved_dir} --decoder_config {folder / 'decoder.json'} --tasks STS12 --texts 6 --long_texts 2 "
             "--corpus_texts 8 --precision_texts 8 --queries 2 --repeats 1 --batch_size 3 --device cpu "
-            f"--output {folder} --name tiny".split()
+            f"--examples_dir {folder} --output {folder} --name tiny".split()
         )
     assert torch.get_num_threads() == threads
     assert json.loads(told.getvalue().splitlines()[-1]) == results
@@ -85,7 +78,7 @@ class TestRun:
         for name in ("tiny-methods.png", "tiny-ratios.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
-    def test_redraw(self, bench, run):
+    def test_redraw(self, run):
         folder, results = run
         table = (folder / "tiny.md").read_text()
         (folder / "tiny.md").unlink()
@@ -95,11 +88,11 @@ class TestRun:
         assert (folder / "tiny-ratios.png").exists()
 
 
-def test_vectors_that_differ_stop_it(bench):
+def test_vectors_that_differ_stop_it():
     with pytest.raises(AssertionError, match="differ"):
         bench.check_equal(torch.eye(3), torch.eye(3).flip(0), "float32")
 
 
-def test_a_missing_pack(bench, tmp_path):
+def test_a_missing_pack(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_dir"):
         bench.read_texts(str(tmp_path), "STS12")

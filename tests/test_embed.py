@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embed
+from scripts import embed
 
 
 TEXTS = [
@@ -53,8 +53,8 @@ def error_of(argv: list[str], capsys) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = [line for line in captured.err.splitlines() if line and "Loading weights" not in line]
-    assert line.startswith("embed.py: error: ")
-    return line.removeprefix("embed.py: error: ")
+    assert line.startswith("embed: error: ")
+    return line.removeprefix("embed: error: ")
 
 
 def hits(output: str) -> list[tuple[float, str]]:
@@ -281,10 +281,10 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, model_dir, capsys, suffix):
 def test_what_was_cut_is_told(tmp_path, model_dir, capsys):
     path = write(tmp_path / "a.txt", "one\n" + "word " * 30 + "\nthree\n")
     assert embed.main(["encode", path, "-o", str(tmp_path / "a.npy"), "--model", model_dir]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed.py: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed: ")]
     assert "1 of 3 texts" in line and "1 by the encoder (at 40 tokens)" in line and "decoder" not in line
     assert embed.main(["search", "word " * 30, path, "--max_length", "60", "--model", model_dir]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed.py: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed: ")]
     assert "2 of 2 texts" in line and "2 by the decoder (at 60 tokens)" in line
 
 
@@ -415,7 +415,7 @@ def test_an_interrupt_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embed, "load_model", interrupt)
     output = tmp_path / "a.npy"
     assert embed.main(["encode", write(tmp_path / "a.txt", "one"), "-o", str(output)]) == 130
-    assert capsys.readouterr().err == "embed.py: interrupted\n"
+    assert capsys.readouterr().err == "embed: interrupted\n"
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 

@@ -324,7 +324,7 @@ def test_interrupted_upload_goes_on_where_it_stopped(client, hub, complete_dir, 
         "import hashlib, pathlib; value = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()", path=str(last)
     )
     hub.fail("PUT", f"/lfs/{digest}", status=403)
-    push = "import push_to_hub; value = push_to_hub.push(pathlib.Path(folder), push_to_hub.files_to_push(pathlib.Path(folder)), args)"
+    push = "from scripts import push_to_hub; value = push_to_hub.push(pathlib.Path(folder), push_to_hub.files_to_push(pathlib.Path(folder)), args)"
     setup = (
         "import argparse, pathlib\n"
         "args = argparse.Namespace(repo_id='tester/broken', private=False, revision=None, message='m')\n"
@@ -427,7 +427,7 @@ def test_truncated_shard_in_a_repository(client, hub, complete_dir, tmp_path):
 
 
 def run_script(*argv: str, capsys) -> tuple[int, str, str]:
-    import push_to_hub
+    from scripts import push_to_hub
 
     code = push_to_hub.main(list(argv))
     captured = capsys.readouterr()
@@ -455,7 +455,7 @@ def test_the_repository_itself_can_be_pushed(bundled_dir, capsys):
 
 
 def test_what_is_made_in_a_folder_does_not_go(complete_dir, tmp_path):
-    from push_to_hub import files_to_push
+    from scripts.push_to_hub import files_to_push
 
     folder = shutil.copytree(complete_dir, tmp_path / "model")
     before = files_to_push(folder)
@@ -474,7 +474,7 @@ def test_what_is_made_in_a_folder_does_not_go(complete_dir, tmp_path):
 
 
 def test_script_pushes_in_one_commit(client, hub, complete_dir, tiny_model, tmp_path):
-    code = "import push_to_hub; value = push_to_hub.main([folder, 'tester/script', '--private', '--message', 'hello'])"
+    code = "from scripts import push_to_hub; value = push_to_hub.main([folder, 'tester/script', '--private', '--message', 'hello'])"
     folder = shutil.copytree(complete_dir, tmp_path / "model")
     assert client.run(code, folder=str(folder)) == 0
     repo = hub.repos["tester/script"]
@@ -564,7 +564,7 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
     ],
 )
 def test_what_must_not_go_out_is_refused(complete_dir, tmp_path, capsys, monkeypatch, how, message):
-    import push_to_hub
+    from scripts import push_to_hub
 
     monkeypatch.setattr(push_to_hub, "push", lambda *args: pytest.fail("pushed"))
     monkeypatch.setattr(push_to_hub, "load_problem", lambda folder: None)  # slow, and has a test of its own

@@ -13,11 +13,11 @@ import torch
 from conftest import TEXTS, incomplete, read_weights
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-import embed
 import saving_utils
 from configuration_causal2vec import Causal2VecConfig
 from evaluation.identity import folder_identity, load_backend, locate
 from modeling_causal2vec import Causal2VecModel
+from scripts import embed
 from tokenization_utils import Causal2VecProcessor
 
 

@@ -1,19 +1,16 @@
 """benchmarks/storage.py: the variants are what a vector store would hold, and the table says what was measured."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXTS
+from conftest import TEXTS
+
+from benchmarks import storage
+from evaluation.identity import folder_identity
 
 
 pytest.importorskip("sentence_transformers")
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import storage  # noqa: E402
-
-from evaluation.identity import folder_identity  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from configuration_causal2vec import Causal2VecConfig
 from modeling_causal2vec import Causal2VecModel
-from push_to_hub import PICKLES, files_to_push
 from saving_utils import SHIPPED_CODE, code_hashes
+from scripts.push_to_hub import PICKLES, files_to_push
 
 
 @pytest.fixture

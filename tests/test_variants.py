@@ -231,7 +231,7 @@ class TestFolders:
         pytest.importorskip("mteb")
         from evaluation.encoder import Causal2VecBackend
         from evaluation.identity import decoder_alone, load_backend, locate, model_meta
-        from push_to_hub import files_to_push, problems
+        from scripts.push_to_hub import files_to_push, problems
 
         folder = folders(name)
         location = locate(str(folder))

@@ -1,9 +1,9 @@
 """Trains and scores the paper's ablations on one stated budget, and sets them beside the paper's numbers.
 
-    make bases                                                          # once: the recipe's backbones
-    python ablation.py --train_dir TRAIN --data_dir EVAL                # everything, three seeds; hours
-    python ablation.py --train_dir TRAIN --data_dir EVAL --study pooling tokens --seeds 5
-    python ablation.py --redraw                                         # table and picture from what is finished
+    make bases                                                           # once: the recipe's backbones
+    python -m scripts.ablation --train_dir TRAIN --data_dir EVAL         # everything, three seeds; hours
+    python -m scripts.ablation --train_dir TRAIN --data_dir EVAL --study pooling tokens --seeds 5
+    python -m scripts.ablation --redraw                                  # table and picture from what is finished
 
 Every variant is the recipe with a few other arguments of train.py (`VARIANTS`), scored by eval_mteb.py's machinery. Each
 finished (variant, seed) leaves a JSON in `output/runs` and is never run again; models and data go to `--work`. Invariants:
@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import eval_mteb
 from evaluation.encoder import Noise, log, read_json
 from evaluation.plots import save_figure
 from evaluation.report import markdown_table, read_run
+from evaluation.run import environment, run
 from saving_utils import write_json, write_text
 
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # Packs of short texts, so that a run is scored in minutes.
 QUICK_TASKS = (
@@ -162,7 +164,9 @@ NOISE_PAPER = {"last_token": (64.84, 58.69, 49.44, 44.02), "default": (65.85, 60
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\nEvery")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.ablation",
+        description=__doc__.partition("\n\nEvery")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = ["all", "noise", *STUDIES]
     add = parser.add_argument
@@ -370,8 +374,6 @@ def score(args: argparse.Namespace, tasks: Sequence, model: Path, variant: str, 
     Raises:
         RuntimeError: a task failed; running again repeats that task alone.
     """
-    import eval_mteb
-
     flags = ["--batch_size", str(args.eval_batch_size)]
     if variant == "icl":
         flags += ["--icl", args.icl]
@@ -383,16 +385,16 @@ def score(args: argparse.Namespace, tasks: Sequence, model: Path, variant: str, 
     options = ["--model", str(model), "--name", variant, "--tasks", *names, "--data_dir", args.data_dir]
     encoder = eval_mteb.load_encoder(eval_mteb.parse_args([*options, "--output", str(output), *flags]), tasks)
     noisy = [encoder.with_noise(Noise.read(args.noise, 0))] if variant in NOISY else []
-    failed = eval_mteb.run(tasks, [encoder, *noisy], output)
+    failed = run(tasks, [encoder, *noisy], output)
     if failed:
         raise RuntimeError(f"{variant}, seed {seed}: {', '.join(failed)} failed, see above. Run again to repeat them.")
-    run = read_run(output)
+    found = read_run(output)
     return {
-        "scores": {**run.scores, **run.other},
-        "types": run.types,
-        "noisy": run.noisy or None,
-        "seconds": sum(record["seconds"] or 0 for record in run.records.values()),
-        **eval_mteb.environment(encoder),
+        "scores": {**found.scores, **found.other},
+        "types": found.types,
+        "noisy": found.noisy or None,
+        "seconds": sum(record["seconds"] or 0 for record in found.records.values()),
+        **environment(encoder),
     }
 
 
@@ -507,7 +509,7 @@ def draw(output: Path) -> None:
         f"`{recipe['encoder']}`, decoder `{recipe['decoder']}`; then the mean of the main scores (times 100) of "
         f"{', '.join(tasks)}. ± is the standard deviation over seeds; differences are from a study's first row, between "
         "runs of the same seed. The paper's numbers are of other backbones, data and tasks (MTEB-MINI): compare "
-        "directions, not sizes. Written by `python ablation.py --redraw`."
+        "directions, not sizes. Written by `python -m scripts.ablation --redraw`."
     )
     names = [name for name in [*VARIANTS, *sorted(set(runs) - set(VARIANTS))] if name in runs]
     per_task = [

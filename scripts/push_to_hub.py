@@ -1,8 +1,8 @@
 """Checks a model folder and pushes it to the Hub in one commit.
 
-    python push_to_hub.py runs/mine/model user/name --dry_run     # checks, and lists what would go
-    python push_to_hub.py runs/mine/model user/name
-    python push_to_hub.py . user/name                             # this repository itself
+    python -m scripts.push_to_hub runs/mine/model user/name --dry_run     # checks, and lists what would go
+    python -m scripts.push_to_hub runs/mine/model user/name
+    python -m scripts.push_to_hub . user/name                             # this repository itself
 
 A folder goes out when a stranger could use it: all files are there and whole, the card is complete, nothing is unsafe to
 load or names a path of this machine, and the model loads and embeds in a fresh process without a network. Everything
@@ -294,7 +294,7 @@ def push(folder: Path, files: list[Path], args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Checks and pushes; the exit code is 0, or 2 when something stands in the way."""
-    parser = argparse.ArgumentParser(prog="push_to_hub.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.push_to_hub", description=__doc__.split("\n")[0])
     parser.add_argument(
         "folder", type=Path, help="what `save_pretrained` or train.py left, or a clone of this repository"
     )
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"Pushed {what}: {push(args.folder, files, args)}")
     except (OSError, ValueError, RuntimeError) as error:  # what this script and huggingface_hub raise for users
-        print(f"push_to_hub.py: error: {error}", file=sys.stderr)
+        print(f"push_to_hub: error: {error}", file=sys.stderr)
         return 2
     return 0
 

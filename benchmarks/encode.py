@@ -1,7 +1,7 @@
 """What one text costs: Causal2Vec and the methods it is compared with, side by side (Causal2Vec, section 4.4).
 
-    python benchmarks/bench_encode.py --data_dir ../shared/data/eval --examples_dir ../shared/spec/icl_examples
-    python benchmarks/bench_encode.py --redraw benchmarks/results/cuda-7b.json
+    python -m benchmarks.encode --data_dir ../shared/data/eval --examples_dir ../shared/spec/icl_examples
+    python -m benchmarks.encode --redraw benchmarks/results/cuda-7b.json
 
 All methods read the same texts and instructions with the same decoder, in the same batches, sorted by length and padded
 on the right, each with the fastest attention that is exact for it. Tokenization is done before the clock starts, except
@@ -27,15 +27,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_causal2vec import Causal2VecModel
+from packing import cut, sorted_batches
+from runtime_utils import has_fast_bfloat16
+from saving_utils import write_json, write_text
+
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from modeling_causal2vec import Causal2VecModel  # noqa: E402
-from packing import cut, sorted_batches  # noqa: E402
-from runtime_utils import has_fast_bfloat16  # noqa: E402
-from saving_utils import write_json, write_text  # noqa: E402
-
 
 TASKS = ("EmotionClassification", "TweetSentimentExtractionClassification", "STS12")
 CORPORA = (
@@ -50,7 +48,7 @@ PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float32 compiled": 
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="Causal2Vec folder or Hub id. Default: this repository's.")
     parser.add_argument("--decoder_config", help="JSON of a decoder to use instead, any size, with random weights.")
     parser.add_argument("--long_decoder_config", default=str(ROOT / "benchmarks" / "decoder_235m.json"),

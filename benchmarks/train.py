@@ -7,9 +7,9 @@ what differs is the training loop. Each measurement is a process of its own (its
 take turns, and the first step of each, a warm-up, is not counted. Quote the ratio: both sides of it were measured in one
 run, on a machine that may be busy.
 
-    python benchmarks/bench_train.py --data_dir ../shared/data/train
+    python -m benchmarks.train --data_dir ../shared/data/train
 
-Prints a table and, as its last line, JSON; writes bench_train.json and bench_train.png to benchmarks/results/.
+Prints a table and, as its last line, JSON; writes train.json and train.png to benchmarks/results/.
 """
 
 import argparse
@@ -22,12 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from saving_utils import write_json
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-sys.path.insert(0, str(ROOT))
-
-from saving_utils import write_json  # noqa: E402
 
 
 def step_timer():
@@ -145,7 +144,8 @@ def compare(args) -> dict:
     runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
     for repeat in range(args.repeats):
         for name in RUNNERS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--bf16" if args.bf16 else "--no-bf16"]
+            precision = "--bf16" if args.bf16 else "--no-bf16"
+            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name, precision]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             runs[name].append(json.loads(output.strip().splitlines()[-1]))
             print(f"repeat {repeat + 1}, {name}: {runs[name][-1]}", file=sys.stderr)
@@ -188,11 +188,11 @@ def report(result: dict) -> None:
         axis.invert_yaxis()
     axes[1].set_yticklabels([])
     figure.tight_layout()
-    figure.savefig(RESULTS / "bench_train.png", dpi=120)
+    figure.savefig(RESULTS / "train.png", dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="checkpoint to train; default: the bundled one")
     parser.add_argument("--data_dir", default="../shared/data/train", help="folder of the training files")
     parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/bundled.json with hard negatives")
@@ -209,7 +209,7 @@ def main() -> None:
     if args.only:
         measure(args)
         return
-    path = RESULTS / "bench_train.json"
+    path = RESULTS / "train.json"
     if args.redraw:
         result = json.loads(path.read_text())
     else:

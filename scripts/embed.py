@@ -1,7 +1,7 @@
 """Searches and encodes text files with a Causal2Vec checkpoint, from the command line.
 
-    python embed.py search "how is the model trained" README.md notes.txt corpus.jsonl
-    python embed.py encode sentences.txt -o vectors.npy
+    python -m scripts.embed search "how is the model trained" README.md notes.txt corpus.jsonl
+    python -m scripts.embed encode sentences.txt -o vectors.npy
 
 `search` cuts the files into passages and prints those with the highest cosine to the query. `encode` writes one vector
 per line of a .txt file or row of a .jsonl file. Invariants: a file that gives nothing is an error, never skipped; an
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 MAX_CHARS = 1000  # of a passage; some 250 tokens of English, half of what the bundled model reads
 
@@ -261,7 +262,7 @@ def tell_truncated(model, total: int, max_length: int | None) -> None:
 
     if model.truncated:
         told = describe_cut(model.truncated, total, model.processor.limits(max_length))
-        print(f"embed.py: {told}", file=sys.stderr)
+        print(f"embed: {told}", file=sys.stderr)
 
 
 @contextmanager
@@ -318,13 +319,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The two commands and their arguments."""
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    add("--model", default=str(Path(__file__).resolve().parent), help="folder or Hub id (default: this file's folder)")
+    add("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
     add("--batch_size", type=positive, default=32, help="texts per forward pass (default: 32)")
     add("--dtype", choices=DTYPES, default="float32", help="of the computation; auto: as saved (default: float32)")
     add("--max_length", type=positive, help="longest decoder input in tokens (default: the checkpoint's)")
     add("--text_column", default="text", help="field of a .jsonl row that holds the text (default: text)")
 
-    parser = argparse.ArgumentParser(prog="embed.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.embed", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     searching = commands.add_parser("search", parents=[common], help="print the passages nearest to a query")
     searching.set_defaults(run=search)
@@ -358,10 +359,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to flush it at exit
         return 141
     except KeyboardInterrupt:
-        print("embed.py: interrupted", file=sys.stderr)
+        print("embed: interrupted", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:  # what this repository and transformers raise for users
-        print(f"embed.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"embed: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
