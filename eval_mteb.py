@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--revision", help="commit, tag or branch on the Hub (default: main)")
     model.add_argument("--name", help="what results call the model (default: its Hub id or its folder's name)")
     model.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
-    model.add_argument("--device", help="such as cuda:0 or cpu (default: a GPU if there is one)")
+    model.add_argument("--device", help="such as cuda:0 or cpu (default: an accelerator if there is one)")
     model.add_argument("--attn_implementation", help="such as sdpa or flash_attention_2 (default: transformers')")
     model.add_argument(
         "--pooling",

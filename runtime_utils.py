@@ -101,6 +101,11 @@ def device_of(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
+def default_device() -> torch.device:
+    """The accelerator, whichever kind this machine has, or else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 @cache
 def half_precision_cost(dtype: torch.dtype) -> float:
     """How many times as long a matrix product takes on this CPU as in float32: measured once, in some milliseconds."""

@@ -276,7 +276,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     incomplete = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    incomplete.write_text(text, encoding="utf-8")
+    incomplete.write_bytes(text.encode("utf-8"))
     os.replace(incomplete, path)
 
 

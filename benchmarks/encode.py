@@ -27,9 +27,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation.plots import new_figure, save_figure
 from modeling_causal2vec import Causal2VecModel
 from packing import cut, sorted_batches
-from runtime_utils import has_fast_bfloat16
+from runtime_utils import default_device, has_fast_bfloat16
 from saving_utils import write_json, write_text
 
 
@@ -66,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="Texts encoded in float32, in bfloat16 and compiled; 0 leaves the scenario out.")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(default_device()))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, help="CPU threads. Default: torch's.")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results"), help="Folder for results.")
@@ -223,8 +224,8 @@ class sharing:
 
 
 def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 @torch.inference_mode()
@@ -591,17 +592,12 @@ def make_tables(results: dict) -> str:
 
 
 def draw(results: dict, output: Path, name: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figures = (
         ("tokens_per_text", "decoder tokens per text"),
         ("gflops_per_text", "GFLOP per text"),
         ("ms_per_text", "ms per text"),
     )
-    figure, axes = plt.subplots(len(results["tasks"]), 3, figsize=(13, 3 * len(results["tasks"])), squeeze=False)
+    figure, axes = new_figure(13, 3 * len(results["tasks"]), nrows=len(results["tasks"]), ncols=3, squeeze=False)
     for row, (task, result) in zip(axes, results["tasks"].items()):
         names = list(result["methods"])
         colours = ["tab:blue" if n.startswith("causal2vec") else "tab:gray" for n in names]
@@ -615,14 +611,12 @@ def draw(results: dict, output: Path, name: str) -> None:
             if axis is not row[0]:
                 axis.set_yticklabels([])
         row[0].set_title(task, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(output / f"{name}-methods.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, output / f"{name}-methods.png")
 
     # How far from each target, as a share of it: 1 is the target, smaller is better.
     ratios = results["ratios"]
     shares = [row["target"] / row["value"] if row["at_least"] else row["value"] / row["target"] for row in ratios]
-    figure, axis = plt.subplots(figsize=(9, 0.32 * len(ratios) + 1))
+    figure, axis = new_figure(9, 0.32 * len(ratios) + 1)
     bars = axis.barh(
         [row["what"] for row in ratios], shares, color=["tab:green" if row["met"] else "tab:red" for row in ratios]
     )
@@ -631,9 +625,7 @@ def draw(results: dict, output: Path, name: str) -> None:
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
     axis.set_xlabel("share of the target used up (left of the line is met)")
-    figure.tight_layout()
-    figure.savefig(output / f"{name}-ratios.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, output / f"{name}-ratios.png")
 
 
 def log(message: str) -> None:
@@ -688,12 +680,13 @@ def main(arguments: list[str] | None = None) -> dict:
 
     transformers.utils.logging.disable_progress_bar()
     model = load(args, args.decoder_config)
-    cuda = args.device.startswith("cuda")
+    kind = args.device.partition(":")[0]
+    devices = {"cpu": f"{torch.get_num_threads()} CPU threads ({platform.machine()})"}
+    if kind == "cuda":
+        devices["cuda"] = torch.cuda.get_device_name()
     results = {
         "about": {
-            "device": torch.cuda.get_device_name()
-            if cuda
-            else f"{torch.get_num_threads()} CPU threads ({platform.machine()})",
+            "device": devices.get(kind, kind),
             "dtype": args.dtype,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -706,7 +699,7 @@ def main(arguments: list[str] | None = None) -> dict:
         },
         "tasks": {},
     }
-    output, name = Path(args.output), args.name or ("cuda" if cuda else "cpu")
+    output, name = Path(args.output), args.name or kind
 
     def keep() -> None:  # after every scenario, so that a run that is stopped leaves what it had
         results["ratios"] = find_ratios(results)

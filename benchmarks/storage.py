@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.plots import new_figure, save_figure
 from saving_utils import write_json, write_text
 
 
@@ -64,9 +65,10 @@ def measure(args: argparse.Namespace) -> dict:
 
     from evaluation.identity import locate
     from modeling_causal2vec import Causal2VecModel
+    from runtime_utils import default_device
     from training.dev import STSDev, load_pack
 
-    model = Causal2VecModel.from_pretrained(args.model)
+    model = Causal2VecModel.from_pretrained(args.model).to(default_device())
     instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
     full = model.config.embedding_size
     dims = [dim for dim in (full, full // 2, full // 4, full // 8) if dim % 16 == 0]
@@ -87,11 +89,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 def write(results: dict, output: Path) -> None:
     """The table and the picture of what was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     write_json(output / "storage.json", results)
     full = results["rows"][0]["scores"]
     lines = [
@@ -107,7 +104,7 @@ def write(results: dict, output: Path) -> None:
             lines += ["", f"{name}: {count:,} documents."]
     write_text(output / "storage.md", "\n".join(lines) + "\n")
 
-    figure, axes = plt.subplots(1, len(results["packs"]), figsize=(5 * len(results["packs"]), 3.6), squeeze=False)
+    figure, axes = new_figure(5 * len(results["packs"]), 3.6, ncols=len(results["packs"]), squeeze=False)
     for axis, name in zip(axes[0], results["packs"]):
         for precision in BITS:
             rows = [row for row in results["rows"] if row["precision"] == precision]
@@ -115,9 +112,7 @@ def write(results: dict, output: Path) -> None:
         axis.set(xscale="log", title=name, xlabel="bytes per vector", ylabel="score")
         axis.grid(alpha=0.3)
     axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(output / "storage.png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, output / "storage.png")
 
 
 def main(argv: list[str] | None = None) -> None:

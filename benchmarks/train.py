@@ -14,7 +14,6 @@ Prints a table and, as its last line, JSON; writes train.json and train.png to b
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from evaluation.plots import new_figure, save_figure
 from saving_utils import write_json
 
 
@@ -129,14 +129,12 @@ RUNNERS = {"causal2vec": run_ours, "sentence-transformers": run_sentence_transfo
 
 def measure(args) -> None:
     """One measurement in this process; prints it as JSON."""
-    import torch
+    from training.outputs import peak_gigabytes
 
     with tempfile.TemporaryDirectory() as folder:
         ends = RUNNERS[args.only](args, folder)
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"rows_per_second": args.batch_size / seconds, "peak_memory_bytes": peak}))
+    print(json.dumps({"rows_per_second": args.batch_size / seconds, "peak_memory_bytes": 1e9 * peak_gigabytes()}))
 
 
 def compare(args) -> dict:
@@ -164,11 +162,6 @@ def compare(args) -> dict:
 
 def report(result: dict) -> None:
     """Prints the table and draws the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     print("| trainer | rows per second | peak memory, GB |\n|---|---|---|")
     panels = (("rows_per_second", "rows per second", 1), ("peak_memory_bytes", "peak memory, GB", 1e9))
     medians = {
@@ -179,7 +172,7 @@ def report(result: dict) -> None:
         print(f"| {name} | {values['rows_per_second']:.1f} | {values['peak_memory_bytes']:.2f} |")
     print(f"speed ratio {result['speed_ratio']:.2f}, memory ratio {result['memory_ratio']:.2f}")
 
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6))
+    figure, axes = new_figure(7, 2.6, ncols=2)
     for axis, (key, label, unit) in zip(axes, panels):
         axis.barh(list(medians), [values[key] for values in medians.values()], color=["#2a6f97", "#a9a9a9"])
         for place, runs in enumerate(result["runs"].values()):
@@ -187,8 +180,7 @@ def report(result: dict) -> None:
         axis.set_xlabel(label)
         axis.invert_yaxis()
     axes[1].set_yticklabels([])
-    figure.tight_layout()
-    figure.savefig(RESULTS / "train.png", dpi=120)
+    save_figure(figure, RESULTS / "train.png")
 
 
 def main() -> None:

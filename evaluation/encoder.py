@@ -381,10 +381,13 @@ def start_processes() -> str | None:
         return None
     import torch
 
+    from runtime_utils import default_device
+
     if not torch.distributed.is_initialized():
         # Gloo, for vectors are on the CPU when they are exchanged; patient, for a chunk may take long.
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
-    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    device = default_device().type
+    return None if device == "cpu" else f"{device}:{os.environ['LOCAL_RANK']}"
 
 
 def read_json(file: str | Path):

@@ -159,7 +159,9 @@ def load_backend(
     """Loads the model: ours with the code of this clone, others with sentence-transformers."""
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from runtime_utils import default_device
+
+    device = device or str(default_device())
     kwargs = {"dtype": getattr(torch, DTYPES[dtype])}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation

@@ -1,4 +1,4 @@
-"""All pictures of the project: one way to a figure, and what is drawn of results."""
+"""Pictures: the one way to a figure and a file, and what is drawn of results."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -11,16 +11,20 @@ from saving_utils import new_files
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito: told apart by all eyes
 
 
-def new_figure(width: float, height: float):
-    """A figure with one plain pair of axes; never opens a window."""
+def new_figure(width: float, height: float, **grid):
+    """
+    A figure with one plain pair of axes, or a grid of them as `Figure.subplots` takes and returns it. It opens no window
+    and leaves matplotlib's own state alone.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+    axes = figure.subplots(**grid)
+    for pair in figure.axes:
+        pair.spines[["top", "right"]].set_visible(False)
+        pair.set_axisbelow(True)
     return figure, axes
 
 

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 
 import eval_mteb
 from evaluation.encoder import Noise, log, read_json
-from evaluation.plots import save_figure
+from evaluation.plots import new_figure, save_figure
 from evaluation.report import markdown_table, read_run
 from evaluation.run import environment, run
 from saving_utils import write_json, write_text
@@ -549,15 +549,10 @@ def noise_panel(runs: Runs) -> list[tuple[str, list[float], list[float | None]]]
 
 def plot(runs: Runs, path: Path) -> None:
     """A line per variant: its differences from the study's first row, a dot per seed, beside the paper's two."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {title: panel(study, runs) for study, (title, _) in STUDIES.items()} | {NOISE_TITLE: noise_panel(runs)}
     sizes = [len(lines) for lines in panels.values()]
-    size = (8, 0.24 * sum(sizes) + 0.4 * len(sizes) + 0.6)
-    figure, all_axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, height_ratios=sizes, dpi=150)
+    height = 0.24 * sum(sizes) + 0.4 * len(sizes) + 0.6
+    figure, all_axes = new_figure(8, height, nrows=len(panels), sharex=True, height_ratios=sizes)
     for axis, (title, lines) in zip(all_axes, panels.items()):
         for y, (_, found, paper) in enumerate(lines):
             for value, marker, color in zip(paper, "^D", ("#D55E00", "#009E73")):
@@ -571,7 +566,6 @@ def plot(runs: Runs, path: Path) -> None:
         axis.set_xscale("symlog", linthresh=1)  # differences of a tenth and of tens
         axis.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=1)
         axis.set_title(title, loc="left", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
     ticks = (-30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30)
     all_axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
     all_axes[-1].minorticks_off()
@@ -580,9 +574,7 @@ def plot(runs: Runs, path: Path) -> None:
         "in the paper triangle, S-LLaMA-1.3B, and diamond, Mistral-7B",
         fontsize=7,
     )
-    figure.tight_layout()
     save_figure(figure, path)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

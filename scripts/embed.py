@@ -188,10 +188,9 @@ def read_passages(paths: list[str], text_column: str) -> list[Passage]:
 
 def load_model(args: argparse.Namespace):
     """The checkpoint, by this repository's own classes: no code that stands beside the weights is run."""
-    import torch
-
     from configuration_causal2vec import Causal2VecConfig
     from modeling_causal2vec import Causal2VecModel
+    from runtime_utils import default_device
 
     try:
         config = Causal2VecConfig.get_config_dict(args.model)[0]
@@ -201,7 +200,7 @@ def load_model(args: argparse.Namespace):
         found = f"model_type {config['model_type']!r}" if "model_type" in config else "no config.json"
         raise ValueError(f"--model must be a Causal2Vec checkpoint; {args.model} has {found}.")
     model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(default_device())
 
 
 def search(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from importlib.util import find_spec as is_available
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from conftest import TEXTS, incomplete, read_weights
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 import saving_utils
+from benchmarks import encode
 from configuration_causal2vec import Causal2VecConfig
 from evaluation.identity import folder_identity, load_backend, locate
 from modeling_causal2vec import Causal2VecModel
+from runtime_utils import default_device
 from scripts import embed
 from tokenization_utils import Causal2VecProcessor
 
@@ -27,6 +30,15 @@ REFUSED = (ValueError, OSError)
 
 def same(model, other) -> bool:
     return np.abs(model.encode(TEXTS) - other.encode(TEXTS)).max() <= 1e-6
+
+
+def test_scripts_use_the_accelerator_whatever_its_kind(saved_dir, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert default_device() == load_backend(locate(str(saved_dir))).model.device == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
+    searched = embed.load_model(SimpleNamespace(model=str(saved_dir), dtype="float32"))
+    assert searched.device == load_backend(locate(str(saved_dir))).model.device == torch.device("meta")
+    assert encode.parse_arguments([]).device == "meta"
 
 
 def weights_in(folder: Path) -> set[str]:

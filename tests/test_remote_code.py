@@ -12,11 +12,15 @@ import pytest
 from conftest import ROOT, TEXTS
 from transformers import AutoConfig, AutoModel
 
+from saving_utils import SHIPPED_CODE
+
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 ENTRY_FILES = ("configuration_causal2vec.py", "modeling_causal2vec.py", "tokenization_utils.py")
 # Only sentence-transformers loads this one.
 SENTENCE_TRANSFORMERS_FILE = "sentence_causal2vec.py"
+# Each may import from those before it.
+FOLDERS = ("evaluation", "training", "scripts", "benchmarks")
 
 # Runs in a process of its own. Blocks every installed package but torch, transformers and what they require, and every
 # connection; then loads a folder and writes its vectors.
@@ -252,6 +256,20 @@ def imports_of(tree: ast.AST) -> list[tuple[str, list[str]]]:
     return found
 
 
+def reached(files) -> set[str]:
+    """The files of this repository that these import, and so on, wherever in them."""
+    found, queue = set(), list(files)
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            absolute = imports_of(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+            modules = [part for module, names in absolute for part in (module, *(f"{module}.{name}" for name in names))]
+            paths = [f"{module.replace('.', '/')}.py" for module in (*modules, *relative_imports(name))]
+            queue += [path for path in paths if (ROOT / path).is_file()]
+    return found
+
+
 @pytest.fixture(params=SHIPPED)
 def tree(request) -> ast.AST:
     tree = ast.parse((ROOT / request.param).read_text(encoding="utf-8"))
@@ -261,7 +279,15 @@ def tree(request) -> ast.AST:
 
 class TestSource:
     def test_every_shipped_file_is_known(self):
-        assert set(ENTRY_FILES) <= set(SHIPPED)
+        assert sorted(SHIPPED_CODE) == SHIPPED and set(ENTRY_FILES) <= set(SHIPPED)
+
+    def test_imports_go_one_way(self):
+        """What is shipped needs nothing else here; evaluation needs no training, and neither of them needs a script."""
+        folders = {name: {f"{name}/{path.name}" for path in (ROOT / name).glob("*.py")} for name in FOLDERS}
+        assert reached(SHIPPED) == set(SHIPPED)
+        for place, name in enumerate(FOLDERS):
+            above = set().union(*(folders[other] for other in FOLDERS[place + 1 :]))
+            assert len(folders[name]) > 1 and not reached(folders[name]) & above, name
 
     def test_imports(self, tree):
         allowed = (

@@ -294,7 +294,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     write_json(file, {"a": 1})
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_json(file, "half of a surrogate pair: \ud800")
     assert json.loads(file.read_text()) == {"a": 1} and list(file.parent.iterdir()) == [file]
+
+
+def test_matplotlibs_own_state_is_left_alone(tmp_path):
+    from matplotlib import get_backend, pyplot
+
+    before = get_backend(auto_select=False), pyplot.get_fignums()
+    figure, axes = plots.new_figure(4, 3, nrows=2, sharex=True)
+    plots.save_figure(figure, tmp_path / "deep" / "a.png")
+    assert len(axes) == 2 and (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (get_backend(auto_select=False), pyplot.get_fignums()) == before
 
 
 def test_published_scores_are_data_in_the_repository():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from modeling_causal2vec import check_truncate_dim
+from packing import trim
 
 
 class InfoNCE(torch.nn.Module):
@@ -210,7 +211,6 @@ def split_by_length(batch: dict[str, torch.Tensor], size: int) -> tuple[list[dic
         part = {name: ids if name == "prefix_ids" else ids[rows] for name, ids in batch.items()}
         for ids, mask in (("input_ids", "attention_mask"), ("encoder_ids", "encoder_attention_mask")):
             if ids in part:
-                used = part[mask].any(0)  # (seq_len,)
-                part[ids], part[mask] = part[ids][:, used], part[mask][:, used]
+                part[ids], part[mask] = trim(part[ids], part[mask])
         batches.append(part)
     return batches, longest_first.argsort()

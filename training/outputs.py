@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers.dynamic_module_utils import custom_object_save
 
+from evaluation.plots import new_figure, save_figure
 from modeling_causal2vec import Causal2VecModel
 from saving_utils import SHIPPED_CODE, write_json, write_sentence_transformers_files
 from training.card import without_machine_paths, write_card
@@ -69,23 +70,16 @@ def show_batch(processor, batch: dict, rows: int = 2) -> str:
 
 def plot(log: list[dict], path: Path) -> None:
     """Draws loss, learning rate and dev score over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [("loss", "training loss"), ("learning_rate", "learning rate"), ("eval_score", "dev score")]
     panels = [(key, label) for key, label in panels if any(key in entry for entry in log)] or panels[:1]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), sharex=True, squeeze=False)
+    figure, axes = new_figure(7, 2.2 * len(panels), nrows=len(panels), sharex=True, squeeze=False)
     for axis, (key, label) in zip(axes[:, 0], panels):
         points = [(entry["step"], float(entry[key])) for entry in log if key in entry]
         axis.plot(*zip(*points or [(0, math.nan)]), marker="." if key == "eval_score" else None, linewidth=1.2)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict, base: str | None) -> None:
