@@ -133,7 +133,7 @@ class Packing:
 
     def varlen_layout(self, kept: int, device: torch.device) -> "VarlenLayout":
         """Where rows begin and end for the variable-length kernel, each with `kept` keys of the prefix before its own."""
-        if kept not in self.layouts:
+        if (kept, device) not in self.layouts:
             ends = list(itertools.accumulate(self.lengths, initial=0))
             keys = [[*range(kept), *range(kept + start, kept + end)] for start, end in itertools.pairwise(ends)]
             self.layouts[kept, device] = VarlenLayout(

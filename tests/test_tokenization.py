@@ -491,7 +491,10 @@ class TestTruncation:
     def test_a_text_that_just_fits_is_not_cut(self, processor):
         """Both towers read a token a letter here."""
         (whole,) = rows_of(processor("z z z z z"))
-        assert [processor.rows("z z z z z", max_length=len(whole) - less)[0].cut for less in (0, 1)] == [(), ("decoder",)]
+        assert [processor.rows("z z z z z", max_length=len(whole) - less)[0].cut for less in (0, 1)] == [
+            (),
+            ("decoder",),
+        ]
         assert [processor.rows("z " * count)[0].cut for count in (38, 39)] == [(), ("encoder",)]
 
     @pytest.mark.parametrize(

@@ -249,6 +249,10 @@ def test_a_resumed_run_continues_as_if_never_interrupted(run, tmp_path):
     expected, actual = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
+    # Where the base model was there already, too, the adapter's folder tells AutoModel which class to load.
+    for folder in (straight, resumed):
+        config = json.loads((folder.with_name("adapter") / "config.json").read_text())
+        assert config["auto_map"]["AutoModel"] == "modeling_causal2vec.Causal2VecModel"
 
 
 def test_a_run_that_was_killed_while_saving_goes_on(run, tmp_path):
