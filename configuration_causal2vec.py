@@ -28,6 +28,7 @@ from transformers.utils import logging
 def _check_siblings() -> None:
     """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
     for name in (
+        "encoding_utils",
         "loading_utils",
         "packing",
         "prefix_cache",

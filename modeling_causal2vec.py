@@ -11,7 +11,6 @@ this model, and the methods that it compares with, are fields of the configurati
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,40 +25,29 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
+    from .saving_utils import SHIPPED_CODE  # noqa: F401
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import Causal2VecConfig
+    from .encoding_utils import EncodeMixin
     from .loading_utils import PretrainedMixin, position_limit
-    from .packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from .packing import Packing, groups_of_like_length, packed_states, trim
     from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from .token_prepending import Prepending, check_prepended, prepend_between_layers
-    from .tokenization_utils import (
-        Causal2VecProcessor,
-        broadcast_instruction,
-        check_texts,
-        count_cut,
-        describe_cut,
-        format_examples,
-    )
+    from .tokenization_utils import Causal2VecProcessor
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import Causal2VecConfig
+    from encoding_utils import EncodeMixin
     from loading_utils import PretrainedMixin, position_limit
-    from packing import Packing, groups_of_like_length, packed_states, sorted_batches, trim
+    from packing import Packing, groups_of_like_length, packed_states, trim
     from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from token_prepending import Prepending, check_prepended, prepend_between_layers
-    from tokenization_utils import (
-        Causal2VecProcessor,
-        broadcast_instruction,
-        check_texts,
-        count_cut,
-        describe_cut,
-        format_examples,
-    )
+    from tokenization_utils import Causal2VecProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -111,7 +99,7 @@ class Causal2VecProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(contextual_vector)))  # (..., hidden_size)
 
 
-class Causal2VecPreTrainedModel(PretrainedMixin, PreTrainedModel):
+class Causal2VecPreTrainedModel(PretrainedMixin, EncodeMixin, PreTrainedModel):
     config_class = Causal2VecConfig
     config: Causal2VecConfig
     base_model_prefix = "model"
@@ -350,182 +338,53 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             places = is_slot.unsqueeze(-1).to(inputs_embeds.device)  # (batch, seq_len, 1)
             inputs_embeds = inputs_embeds.masked_scatter(places, contextual_token.to(inputs_embeds).reshape(shape))
 
-        seq_len, hidden, outputs = input_ids.shape[1], None, None
-        ends = last_true(attention_mask[:, -seq_len:])  # (batch,)
+        ends = last_true(attention_mask[:, -input_ids.shape[1] :])  # (batch,)
         slots = last_true(is_slot) if self.config.num_slots else ends  # (batch,)
         if moves_states:
             kwargs["prepending"] = Prepending(slots, ends)
-        if packed:
-            lengths = attention_mask.sum(-1)  # (batch,)
-            starts = lengths.cumsum(0) - lengths  # (batch,)
-            hidden = packed_states(
-                self.decoder, inputs_embeds, Packing(lengths.tolist(), prefix)
-            )  # (total, hidden_size)
-        if hidden is None:
-            # Nothing looks at padding that comes after it, so it needs no mask; positions run on, or it would look like rows.
-            if right_padded:
-                start = 0 if prefix is None else prefix.length
-                position_ids = torch.arange(start, start + seq_len, device=input_ids.device).expand(batch_size, -1)
-                attention_mask = None
-                past_key_values = None if prefix is None else expand_prefix(prefix, batch_size)
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
-            outputs = self.decoder(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            hidden = outputs.last_hidden_state.flatten(0, 1)  # (batch * seq_len, hidden_size)
-            starts = torch.arange(batch_size, device=slots.device) * seq_len  # (batch,)
+        lengths = attention_mask.sum(-1).tolist() if packed else None
+        decoder_inputs = (inputs_embeds, None if right_padded else attention_mask, prefix, lengths)
+        hidden, starts, outputs = self._decode(*decoder_inputs, past_key_values, use_cache, **kwargs)
         if moves_states:
             check_prepended(self.decoder, kwargs["prepending"])
-        contextual_state, eos_state = (hidden[(starts + places).to(hidden.device)] for places in (slots, ends))
+        contextual_state, eos_state = (hidden[starts + places.to(hidden.device)] for places in (slots, ends))
         return Causal2VecModelOutput(
             embeddings=self.pool(contextual_state, eos_state, contextual_token),  # (batch, embedding_size)
             last_hidden_state=outputs.last_hidden_state if output_last_hidden_state else None,
             past_key_values=outputs.past_key_values if use_cache else None,
         )
 
-    @property
-    def processor(self) -> Causal2VecProcessor:
-        """
-        Both tokenizers and the layout of a row; loaded with the model.
-
-        Raises:
-            ValueError: the model was built without tokenizers.
-        """
-        if self._processor is None:
-            raise ValueError(
-                "This model has no tokenizers: load it from a folder that holds them, build it with "
-                "`from_encoder_decoder_pretrained`, or set `model.processor`."
-            )
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: Causal2VecProcessor) -> None:
-        self._processor = processor
-
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        *,
-        instruction: str | Sequence[str | None] | None = None,
-        examples: Sequence[dict] | None = None,
-        batch_size: int = 32,
-        max_batch_tokens: int | None = 16384,
-        packed: bool | None = None,
-        max_length: int | None = None,
-        normalize_embeddings: bool = True,
-        truncate_dim: int | None = None,
-        truncation: str = "warn",
-        convert_to_tensor: bool = False,
-        show_progress_bar: bool | None = None,
+    def _decode(
+        self, inputs_embeds, attention_mask, prefix, lengths: list[int] | None, past_key_values, use_cache, **kwargs
     ):
         """
-        Embeds texts. Any number of threads may do so at a time, also with a model in training mode.
-
-        Args:
-            texts (`str` or list of `str`): What to embed.
-            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text. Queries carry one,
-                passages none; both sides of a symmetric task the same.
-            examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}`.
-            batch_size (`int`, defaults to 32): Most texts per forward pass. Never changes a vector.
-            max_batch_tokens (`int`, *optional*, defaults to 16384): Most decoder tokens per forward pass, padding
-                included and prefixes left out while `prefix_cache` is on, so that long texts need no smaller `batch_size`.
-            packed (`bool`, *optional*): Join the rows of a batch into one without padding. Defaults to `True` on a CPU.
-            max_length (`int`, *optional*): Limit of the decoder's sequence in tokens; see [`Causal2VecConfig`].
-            normalize_embeddings (`bool`, defaults to `True`): Scale vectors to length 1, so that a dot product is the
-                cosine.
-            truncate_dim (`int`, *optional*): Keep the first `truncate_dim` numbers, half of them from each of the two
-                states that an embedding joins.
-            truncation (`str`, defaults to `"warn"`): Texts longer than a tower reads are cut. `"warn"` says how many were,
-                `"silent"` does not, `"error"` refuses them before anything is embedded. `model.truncated` counts them.
-            convert_to_tensor (`bool`, defaults to `False`): Return a tensor on the CPU instead of a numpy array.
-            show_progress_bar (`bool`, *optional*): Defaults to a bar on a terminal when it takes more than 5 seconds.
-
-        Returns:
-            fp32 array of shape `(len(texts), dim)`, or `(dim,)` for a single string.
-
-        Raises:
-            TypeError: something that should be a string is not.
-            ValueError: an argument cannot work; says which and what would.
+        The decoder's last hidden states, all rows' in one, `(places, hidden_size)`; where each row starts in it, `(batch,)`;
+        and the decoder's output, which there is none of where rows of these `lengths` could be packed.
         """
-        single = isinstance(texts, str)
-        texts = [texts] if single else check_texts(texts)
-        instructions = broadcast_instruction(instruction, len(texts))
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
-        if max_batch_tokens is not None and (not isinstance(max_batch_tokens, int) or max_batch_tokens < 1):
-            raise ValueError(f"`max_batch_tokens` must be a positive integer or None, got {max_batch_tokens!r}.")
-        if truncation not in ("warn", "error", "silent"):
-            raise ValueError(f"`truncation` must be 'warn', 'error' or 'silent', got {truncation!r}.")
-        dim = self.config.embedding_size if truncate_dim is None else truncate_dim
-        check_truncate_dim(dim, self.config.embedding_size)
-        if isinstance(max_length, int) and max_length > (limit := position_limit(self.decoder) or max_length):
-            raise ValueError(f"`max_length` must be at most {limit}, the positions of the decoder, got {max_length}.")
-        format_examples(examples, None)  # refuses what is no list of examples for all texts
-        processor, device = self.processor, device_of(self.get_input_embeddings())
-
-        if truncation == "error":
-            cut = processor.towers_cut(texts, instructions, examples, max_length)
-            processor.refuse_cut(cut, processor.limits(max_length, examples))
-
-        batches = sorted_batches(
-            processor,
-            texts,
-            instructions,
-            examples,
-            max_length,
-            batch_size,
-            max_batch_tokens,
-            count_prefix=not self.prefix_cache.enabled or self.prefix_cache.scan(self).is_offloaded(),
+        batch_size, seq_len, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        if lengths is not None:
+            hidden = packed_states(self.decoder, inputs_embeds, Packing(lengths, prefix))  # (total, hidden_size)
+            if hidden is not None:
+                lengths = torch.tensor(lengths, device=hidden.device)
+                return hidden, lengths.cumsum(0) - lengths, None
+        if attention_mask is None:
+            # Padding comes behind what a causal decoder looks at. Positions run on, or it would look like packed rows.
+            start = 0 if prefix is None else prefix.length
+            position_ids = torch.arange(start, start + seq_len, device=device).expand(batch_size, -1)
+            past_key_values = None if prefix is None else expand_prefix(prefix, batch_size)
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
+        outputs = self.decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
         )
-        embeddings, truncated = torch.empty(len(texts), dim), Counter()
-        progress = logging.tqdm(
-            total=len(texts),
-            desc="Encoding",
-            unit="text",
-            delay=0 if show_progress_bar else 5,
-            disable=None if show_progress_bar is None else not show_progress_bar,
-        )
-        with progress, self._eval_mode(self):
-            for rows, batch, cut in batches:
-                with torch.inference_mode():
-                    # A prefix is looked up on the CPU.
-                    batch = {name: ids if name == "prefix_ids" else ids.to(device) for name, ids in batch.items()}
-                    vectors = self(**batch, packed=packed).embeddings[:, :dim].float()  # (rows, dim)
-                    if normalize_embeddings:
-                        vectors = nn.functional.normalize(vectors, dim=-1)
-                embeddings[rows] = vectors.cpu()
-                truncated += count_cut(cut)
-                progress.update(len(rows))
-        if truncated:
-            self.add_truncated(truncated)
-            if truncation == "warn":
-                logger.warning(describe_cut(truncated, len(texts), processor.limits(max_length, examples)))
-
-        embeddings = embeddings[0] if single else embeddings
-        return embeddings if convert_to_tensor else embeddings.numpy()
-
-    def add_truncated(self, counts: Counter) -> None:
-        """Adds what `count_cut` has counted to `truncated`."""
-        with self._counting:
-            self.truncated.update(counts)
-
-    def encode_query(
-        self, texts: str | Sequence[str], *, instruction: str | Sequence[str | None] | None = None, **kwargs
-    ):
-        """`encode` with the configuration's `query_instruction`, unless another is given."""
-        return self.encode(
-            texts, instruction=self.config.query_instruction if instruction is None else instruction, **kwargs
-        )
-
-    def encode_document(self, texts: str | Sequence[str], **kwargs):
-        """`encode` without an instruction: documents carry none."""
-        return self.encode(texts, **kwargs)
+        hidden = outputs.last_hidden_state
+        return hidden.flatten(0, 1), torch.arange(batch_size, device=hidden.device) * seq_len, outputs
 
 
 def dtype_of(config: Causal2VecConfig) -> torch.dtype:
@@ -551,12 +410,6 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
 def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Two tensors `(..., size)` as one, number by number: `(..., 2 * size)`."""
     return torch.stack([first, second], dim=-1).flatten(-2)
-
-
-def check_truncate_dim(dim: int, embedding_size: int) -> None:
-    """Raises ValueError unless an embedding of `embedding_size` numbers can be cut to `dim`."""
-    if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim <= embedding_size:
-        raise ValueError(f"`truncate_dim` must be an integer between 1 and {embedding_size}, got {dim!r}.")
 
 
 Causal2VecConfig.register_for_auto_class()

@@ -1,15 +1,13 @@
-"""Padding costs nothing: batches of texts of like length under a budget of tokens, and rows packed into one.
+"""Padding costs nothing: rows of a batch packed into one, and rows of like length read together.
 
-`sorted_batches` sorts texts by their length in tokens, longest first, so that rows of a batch hardly differ and too large
-a batch shows at once. `packed_states` goes further: it joins the rows of a batch into one without padding, and attention
-runs over each run of equally long rows by itself. Invariants: every text is in exactly one batch, no vector depends on
-which, and no row sees another. On GPUs in half precision the variable-length kernel of torch 2.12 takes all runs at once.
+`packed_states` joins the rows of a batch into one without padding, and attention runs over each run of equally long rows by
+itself. Invariant: no row sees another. On GPUs in half precision the variable-length kernel of torch 2.12 takes all runs at
+once.
 """
 
 import inspect
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,57 +38,6 @@ logger = logging.get_logger(__name__)
 
 PACKED_ATTENTION = f"causal2vec_packed_{__name__.replace('.', '_')}"  # each folder's code has its own
 _SWITCHING = ForkSafeLock()  # a decoder's attention is chosen by its configuration, which threads share
-
-WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time
-
-
-def sorted_batches(
-    processor,
-    texts: Sequence[str],
-    instructions: Sequence[str | None],
-    examples: Sequence[dict] | None = None,
-    max_length: int | None = None,
-    batch_size: int = 32,
-    max_tokens: int | None = None,
-    count_prefix: bool = True,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[tuple[str, ...]]]]:
-    """
-    Cuts texts into batches of at most `batch_size` rows and `max_tokens` decoder tokens, padding included (but of one row
-    at least); without `count_prefix`, what stands before the slot is left out of that.
-
-    Returns:
-        The texts' positions, the tensors that the model reads, and per text the towers that read only its beginning.
-    """
-    # Texts of a common instruction stay together, as they share their prefix; the rest is sorted by length alone.
-    counts = Counter(instructions)
-    groups = {name: i for i, name in enumerate(counts) if counts[name] >= min(batch_size, len(texts))}
-    order = sorted(range(len(texts)), key=lambda i: (groups.get(instructions[i], -1), -len(texts[i])))
-    for start in range(0, len(order), WINDOW * batch_size):
-        window = order[start : start + WINDOW * batch_size]
-        rows = processor.rows(
-            [texts[i] for i in window], [instructions[i] for i in window], examples=examples, max_length=max_length
-        )
-        lengths = [len(row.ids) + count_prefix * len(row.prefix_ids) for row in rows]
-        keys = [groups.get(instructions[i], -1) for i in window]
-        longest_first = sorted(range(len(window)), key=lambda place: (keys[place], -lengths[place]))
-        for _, group in itertools.groupby(longest_first, key=keys.__getitem__):
-            for places in cut(list(group), lengths, batch_size, max_tokens):
-                batch = processor.pad([rows[place] for place in places], return_prefix_ids=True)
-                yield [window[place] for place in places], dict(batch), [rows[place].cut for place in places]
-
-
-def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """Cuts an order of rows into batches under both limits."""
-    batch: list[int] = []
-    longest = 0
-    for place in order:
-        longest = max(longest, lengths[place])
-        if batch and (len(batch) == batch_size or (max_tokens and (len(batch) + 1) * longest > max_tokens)):
-            yield batch
-            batch, longest = [], lengths[place]
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 # Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
 SHIPPED_CODE = (
     "configuration_causal2vec.py",
+    "encoding_utils.py",
     "loading_utils.py",
     "modeling_causal2vec.py",
     "packing.py",

@@ -27,9 +27,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from encoding_utils import cut, sorted_batches
 from evaluation.plots import new_figure, save_figure
 from modeling_causal2vec import Causal2VecModel
-from packing import cut, sorted_batches
 from runtime_utils import default_device, has_fast_bfloat16
 from saving_utils import write_json, write_text
 

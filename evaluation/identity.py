@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The code that a vector comes from.
 CODE = (
     "configuration_causal2vec.py",
+    "encoding_utils.py",
     "modeling_causal2vec.py",
     "packing.py",
     "prefix_cache.py",

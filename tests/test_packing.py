@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packing
-from packing import Packing, cut, groups_of_like_length, packed_states, sorted_batches
+from encoding_utils import cut, sorted_batches
+from packing import Packing, groups_of_like_length, packed_states
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"

@@ -10,7 +10,8 @@ from test_configuration import make_config
 from transformers import AutoModel, AutoProcessor
 
 from configuration_causal2vec import Causal2VecConfig
-from modeling_causal2vec import Causal2VecModel, check_truncate_dim
+from encoding_utils import check_truncate_dim
+from modeling_causal2vec import Causal2VecModel
 from prefix_cache import ModuleScan
 from training.losses import InfoNCE
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from modeling_causal2vec import check_truncate_dim
+from encoding_utils import check_truncate_dim
 from packing import trim
 
 
