@@ -2,6 +2,7 @@
 
     python eval_mteb.py --model . --tasks mini --output results/mine
     python eval_mteb.py --model . --tasks all --data_dir DATA --output results/mine          # without a network
+    python eval_mteb.py --output runs/scores --export results/mine                           # what is worth keeping
     python eval_mteb.py --compare results/mine results/other paper:Mistral-7B --output results/compared
     torchrun --nproc_per_node 8 eval_mteb.py --model . --tasks mteb56 --dtype bf16 --output results/mine
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from evaluation.encoder import Examples, Instructions, MTEBEncoder, Noise, start_processes
 from evaluation.identity import DTYPES, load_backend, locate, model_meta
 from evaluation.inputs import analyze, print_prompts
-from evaluation.report import write_comparison
+from evaluation.report import export, write_comparison
 from evaluation.run import run
 
 
@@ -32,6 +33,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what to do (default: score --model on --tasks into --output)")
     what.add_argument("--print_prompts", action="store_true", help="print the exact text per task and side, and stop")
     what.add_argument("--prefetch", metavar="DIR", help="fill DIR with the data of --tasks from the Hub, and stop")
+    what.add_argument(
+        "--export",
+        metavar="DIR",
+        help="write the finished results of --output to DIR in a form to keep: summary.md, summary.json with settings and "
+        "records, and mteb's own JSON of each task; and stop",
+    )
     what.add_argument(
         "--compare",
         nargs="+",
@@ -110,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--overwrite", action="store_true", help="score these tasks again, whatever is there")
 
     args = parser.parse_args(argv)
-    needed = ["output"] if args.compare else ["tasks"] if args.prefetch else ["model", "tasks", "output"]
+    needed = ["output"] if args.compare or args.export else ["tasks"] if args.prefetch else ["model", "tasks", "output"]
     if args.print_prompts:
         needed = ["model", "tasks"]
     missing = [f"--{name}" for name in needed if not getattr(args, name)]
@@ -125,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
         print(write_comparison(args.compare, args.output, args.readme))
+        return
+    if args.export:
+        export(args.output, args.export)
         return
     if args.data_dir:  # before anything that reads them is imported
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -6,13 +6,14 @@ one's own never enter a mean of MTEB's.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from evaluation.plots import plot_categories, plot_tasks
-from saving_utils import write_json, write_text
+from saving_utils import new_files, write_json, write_text
 
 
 PAPER = Path(__file__).resolve().parent / "paper.json"
@@ -43,7 +44,7 @@ def read_run(source: str | Path) -> Run:
     The results of an output folder, or published ones.
 
     Args:
-        source: A folder, or `paper:` and the name of a model of the paper.
+        source: An output folder, what `export` made of one, or `paper:` and the name of a model of the paper.
 
     Raises:
         FileNotFoundError: there are no finished results.
@@ -57,11 +58,7 @@ def read_run(source: str | Path) -> Run:
         return Run(f"{name} (paper)", paper["tasks"], paper["scores"][name], {}, {}, {})
 
     folder = Path(source)
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("records/*.json"))]
-    records = [record for record in records if record["finished"]]
-    if not records:
-        raise FileNotFoundError(f"{folder} has no finished results; is it the --output of an evaluation?")
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings, records = read_records(folder)
     run = Run(settings["label"], {}, {}, {}, {}, {})
     for record in sorted(records, key=lambda record: task_order(record["task"], record["type"])):
         task = record["task"]
@@ -73,6 +70,21 @@ def read_run(source: str | Path) -> Run:
             (run.scores if record["in_benchmark"] else run.other)[task] = score
             run.records[task] = record
     return run
+
+
+def read_records(folder: Path) -> tuple[dict, list[dict]]:
+    """The settings of an evaluation and what was recorded of each finished task, before or after `export`."""
+    files, summary = sorted(folder.glob("records/*.json")), folder / "summary.json"
+    if files:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    else:
+        exported = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        settings, records = exported.get("settings", {}), exported.get("records", [])
+    records = [record for record in records if record["finished"]]
+    if not records:
+        raise FileNotFoundError(f"{folder} has no finished results; is it the --output or --export of an evaluation?")
+    return settings, records
 
 
 def task_order(task: str, category: str) -> tuple:
@@ -121,8 +133,39 @@ def benchmark_means(scores: Mapping[str, float]) -> dict[str, Mean]:
 def write_summary(output: str | Path) -> dict:
     """Writes `summary.json` and `summary.md` of what is finished in an output folder; returns the former."""
     output = Path(output)
-    run = read_run(output)
-    settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    summary, text = summarize(output)
+    write_json(output / "summary.json", summary)
+    write_text(output / "summary.md", text)
+    return summary
+
+
+def export(output: str | Path, target: str | Path) -> None:
+    """
+    Writes what is finished in an output folder in a form to keep: `summary.md`, `summary.json` with the records too, and
+    in `tasks/` each result as mteb wrote it.
+
+    Raises:
+        ValueError: `target` holds results of tasks that `output` has not.
+    """
+    output, target = Path(output), Path(target)
+    settings, records = read_records(output)
+    sources = {f"tasks/{r['task']}{'.noise' if r['noise'] else ''}.json": output / r["result"] for r in records}
+    if strangers := sorted({f"tasks/{path.name}" for path in target.glob("tasks/*")} - set(sources)):
+        raise ValueError(f"{target} holds {', '.join(strangers)}, of which {output} has no result. Use another folder.")
+    summary, text = summarize(output)
+    own = [{key: value for key, value in record.items() if key not in settings} for record in records]
+    summary["records"] = [record | {"result": result} for record, result in zip(own, sources)]
+    with new_files(target) as folder:
+        (folder / "tasks").mkdir()
+        for name, source in sources.items():
+            shutil.copyfile(source, folder / name)
+        write_json(folder / "summary.json", summary)
+        write_text(folder / "summary.md", text)
+
+
+def summarize(output: Path) -> tuple[dict, str]:
+    """What `summary.json` and `summary.md` say of an output folder."""
+    run, (settings, _) = read_run(output), read_records(output)
     means = benchmark_means(run.scores)
     summary = {
         "settings": settings,
@@ -136,9 +179,7 @@ def write_summary(output: str | Path) -> dict:
         "other_mean": fmean(run.other.values()) if run.other else None,
         "noise": noise_table(run),
     }
-    write_json(output / "summary.json", summary)
-    write_text(output / "summary.md", _summary_markdown(run, settings, means))
-    return summary
+    return summary, _summary_markdown(run, settings, means)
 
 
 def noise_table(run: Run) -> list[dict]:

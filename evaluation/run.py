@@ -195,7 +195,7 @@ def check_settings(output: Path, settings: dict) -> None:
                 + ", ".join(f"{key} ({previous.get(key)}, now {settings[key]})" for key in differing)
                 + ". Use another --output."
             )
-    elif any(output.glob("results/*")):
+    elif any(output.glob("results/*")) or any(output.glob("tasks/*")):
         raise ValueError(f"{output} holds results but no settings.json. Use another --output.")
     if ranks()[0] == 0:
         write_json(file, settings)

@@ -533,6 +533,13 @@ def test_another_setting_needs_another_folder(checkpoint, data_dir, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             eval_mteb.main([*cli(checkpoint, data_dir, output), "--tasks", "STS16", *more])
+    eval_mteb.main(["--output", str(output), "--export", str(tmp_path / "kept")])
+    assert scores(tmp_path / "kept") == scores(output)
+    assert not set(read_run(tmp_path / "kept").records["STS16"]) & set(
+        json.loads((output / "settings.json").read_text())
+    )
+    with pytest.raises(ValueError, match="Use another --output"):
+        eval_mteb.main([*cli(checkpoint, data_dir, tmp_path / "kept"), "--tasks", "STS16"])
 
 
 def test_results_made_with_another_instruction_or_other_data_are_not_reused(checkpoint, data_dir, tmp_path, capsys):

@@ -13,6 +13,7 @@ from evaluation.report import (
     benchmark_means,
     compare,
     comparison_markdown,
+    export,
     load_paper,
     markdown_table,
     mean_over,
@@ -259,6 +260,29 @@ def test_comparison_files(two_runs, tmp_path):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert text.strip() in readme.read_text() and "old" not in readme.read_text()
     assert readme.read_text().startswith("# Title\n") and readme.read_text().endswith("\nend\n")
+
+
+def test_what_is_exported_is_read_as_the_folder_that_it_came_from(two_runs, tmp_path):
+    a, b = two_runs
+    write_result(a, "STS12", "STS", 0.4, noise="abc")
+    write_result(a, "STS14", "STS", 0.9, finished=False)
+    kept = tmp_path / "kept"
+    export(a, kept)
+    tasks = {f"tasks/{name}.json" for name in ("STS12", "STS12.noise", "STS13", "SciFact", "X-One", "X-Two")}
+    files = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    assert files == {"summary.json", "summary.md", *tasks}
+    export(kept, tmp_path / "again")
+    for folder in (kept, tmp_path / "again"):
+        before, after = read_run(a), read_run(folder)
+        for name in ("name", "types", "scores", "other", "noisy"):
+            assert getattr(after, name) == getattr(before, name), name
+        assert {record["data"] for record in after.records.values()} == {"local-0123456789abcdef"}
+    assert write_summary(a).items() <= json.loads((kept / "summary.json").read_text()).items()
+    write_result(a, "STS16", "STS", 0.1)
+    export(a, kept)
+    assert read_run(kept).scores["STS16"] == 10
+    with pytest.raises(ValueError, match="tasks/STS13.json"):
+        export(b, kept)
 
 
 def test_a_readme_without_a_place_for_the_table_is_an_error():
