@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
 from training.data import (
     BadRow,
@@ -293,7 +294,7 @@ def test_in_context_examples_never_hold_the_row_itself():
 def test_the_collator_gives_positives_then_negatives(tiny_model):
     data = training_data(num_negatives=2)
     batch = [data[key] for key in next(b for b in SingleDatasetBatchSampler(data, 4).epoch(0) if b[0].dataset == 0)]
-    tensors = Collator(tiny_model.processor)(batch)
+    tensors = Collator(tiny_model.processor, share_prefix=False)(batch)
     documents = [e.positive for e in batch] + [text for e in batch for text in e.negatives]
     assert len(documents) == 12
     assert tensors["document_ids"].tolist() == [text_id(text) for text in documents]
@@ -301,6 +302,20 @@ def test_the_collator_gives_positives_then_negatives(tiny_model):
     assert tensors["documents"]["input_ids"].equal(expected["input_ids"])
     assert tensors["queries"]["input_ids"].equal(tiny_model.processor([e.query for e in batch], "find a")["input_ids"])
     assert tensors["dataset"] == "a" and tensors["rows"] == [e.row for e in batch]
+    shared = Collator(tiny_model.processor)(batch)
+    prefix_ids = shared["queries"]["prefix_ids"]  # (1, prefix_len)
+    assert prefix_ids[0].tolist() == tiny_model.processor.encode_prefix("find a")
+    rows = torch.cat([prefix_ids.expand(4, -1), shared["queries"]["input_ids"]], dim=-1)
+    assert rows.equal(tensors["queries"]["input_ids"])
+    # What several rows begin with is read once.
+    tokens = [
+        sum(int(side["attention_mask"].sum()) for side in (t["queries"], t["documents"])) for t in (shared, tensors)
+    ]
+    assert (
+        shared["decoder_tokens"]
+        == tokens[0] + prefix_ids.numel() + shared["documents"]["prefix_ids"].numel()
+        < tokens[1]
+    )
 
 
 def test_the_collator_gives_each_query_its_own_examples(tiny_model):

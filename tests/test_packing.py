@@ -13,6 +13,7 @@ from conftest import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import encoding_utils
 import packing
 from encoding_utils import cut, sorted_batches
 from packing import Packing, groups_of_like_length, packed_states
@@ -92,7 +93,7 @@ class TestBatches:
         assert [{instructions[row] for row in rows} for rows, _, _ in batches] == [{"one"}, {"two"}]
 
     def test_windows(self, model, monkeypatch):
-        monkeypatch.setattr(packing, "WINDOW", 1)  # two texts are tokenized at a time
+        monkeypatch.setattr(encoding_utils, "WINDOW", 1)  # two texts are tokenized at a time
         assert np.abs(model.encode(TEXTS, batch_size=2) - plain(model, TEXTS)).max() <= 1e-5
 
     @pytest.mark.parametrize("budget", [1, 60, None])
