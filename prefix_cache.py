@@ -210,9 +210,9 @@ class ModuleScan:
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, model.decoder
         self.modules = list(model.modules())
-        self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules if m._modules]
+        self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules]
         modules = list(model.decoder.modules())
-        self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
+        self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
         self.attentions = [module for module in modules if hasattr(module, "is_causal")]
         self.checkpointed = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
@@ -275,6 +275,7 @@ class ModuleScan:
             _sample(tensors),
             tuple(adapters),
             attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a prefix; threads switch between them
+            self.is_causal(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 

@@ -17,16 +17,19 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+SLOW = 2  # times as long as in float32; less may be chance
+
 _LOCKS: weakref.WeakSet["ForkSafeLock"] = weakref.WeakSet()
 
 
 class ForkSafeLock:
     """
-    A lock that is free in a forked child, where the thread that held it does not live on. Copies, and what is unpickled,
-    are new.
+    A lock that is free in a forked child, where the thread that held it does not live on. With `delays_forks`, no fork
+    happens while a thread holds it. Copies, and what is unpickled, are new.
     """
 
-    def __init__(self):
+    def __init__(self, delays_forks: bool = False):
+        self.delays_forks = delays_forks
         self.renew()
         _LOCKS.add(self)
 
@@ -43,13 +46,28 @@ class ForkSafeLock:
         return type(self), ()
 
 
+def _before_fork() -> None:
+    for lock in list(_LOCKS):
+        if lock.delays_forks:
+            lock.__enter__()
+
+
+def _after_fork() -> None:
+    for lock in list(_LOCKS):
+        if lock.delays_forks:
+            lock.__exit__()
+
+
 def _renew_locks() -> None:
     for lock in list(_LOCKS):
         lock.renew()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_locks)
+
+# Held while tokenizers work: their own locks would stay closed for ever in a child that is forked meanwhile.
+TOKENIZING = ForkSafeLock(delays_forks=True)
 
 
 class EvalMode(ForkSafeLock):
@@ -121,14 +139,14 @@ def half_precision_cost(dtype: torch.dtype) -> float:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 at least as fast as in float32. Without instructions for it, far slower."""
-    return half_precision_cost(torch.bfloat16) <= 1
+    """Whether this CPU multiplies in bfloat16 about as fast as in float32. Without instructions for it, far slower."""
+    return half_precision_cost(torch.bfloat16) <= SLOW
 
 
 def warn_of_slow_dtype(model: PreTrainedModel) -> None:
     """Says once what a model on the CPU would gain by float32, where it computes in a slower half precision."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
-    if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > 1:
+    if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > SLOW:
         logger.warning_once(
             f"{dtype} is slow on this processor: a matrix product took {half_precision_cost(dtype):.1f} times as long as "
             'in float32. Load the model with dtype="float32", and without autocast.'

@@ -25,11 +25,13 @@ from transformers.utils import cached_file, logging
 
 
 try:
+    from .runtime_utils import TOKENIZING
     from .saving_utils import new_files, push_to_hub
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
+    from runtime_utils import TOKENIZING
     from saving_utils import new_files, push_to_hub
 
 
@@ -320,7 +322,8 @@ class Causal2VecProcessor(ProcessorMixin):
 
     def _encode_trusted(self, template: str) -> list[int]:
         """Ids of template text, whose control tokens count."""
-        return self.tokenizer(template, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        with TOKENIZING:
+            return self.tokenizer(template, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
 
 class DecoderProcessor(Causal2VecProcessor):
@@ -489,7 +492,8 @@ def first_ids(tokenizer, texts: Sequence[str], limit: int, prefix: str = "") -> 
 
 
 def _plain(tokenizer, texts: Sequence[str]):
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    with TOKENIZING:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
 
 def _beginning(text: str, size: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
+from scripts.exits import exit_code
 from training.arguments import Causal2VecTrainingArguments, DataArguments, ModelArguments, check_arguments, parse
 from training.data import (
     Collator,
@@ -156,4 +157,4 @@ def load_data(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("train.py", main, told=()))

@@ -100,7 +100,7 @@ class Noise:
 
     @classmethod
     def read(cls, file: str | Path, seed: int) -> "Noise":
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
         lines = tuple(line for line in lines if line)
         if not lines:
             raise ValueError(f"{file} has no lines of text.")
@@ -393,7 +393,7 @@ def start_processes() -> str | None:
 def read_json(file: str | Path):
     """Raises ValueError that names the file when it is not JSON."""
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
 

@@ -225,7 +225,7 @@ def own_task(spec: dict) -> EvalTask:
 
 def _read_task_json(file: Path) -> dict:
     try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        spec = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
     missing = [key for key in ("name", "type", "main_score") if not isinstance(spec.get(key), str)]

@@ -22,6 +22,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from scripts.exits import exit_code
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -346,24 +348,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Runs a command; the exit code is 0, or 2 after a mistake of the user's, told in one line, 130 after Ctrl-C, and 141 when
-    the reader of the output has gone, such as `head`.
-    """
+    """Runs a command; see [`exit_code`] for what it returns."""
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to flush it at exit
-        return 141
-    except KeyboardInterrupt:
-        print("embed: interrupted", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:  # what this repository and transformers raise for users
-        print(f"embed: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("embed", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
 from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights
+from scripts.exits import exit_code
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".npz", ".pyc")
@@ -293,7 +294,7 @@ def push(folder: Path, files: list[Path], args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks and pushes; the exit code is 0, or 2 when something stands in the way."""
+    """Checks and pushes; see [`exit_code`] for what it returns."""
     parser = argparse.ArgumentParser(prog="python -m scripts.push_to_hub", description=__doc__.split("\n")[0])
     parser.add_argument(
         "folder", type=Path, help="what `save_pretrained` or train.py left, or a clone of this repository"
@@ -305,19 +306,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--message", default="Upload Causal2Vec model", help="the commit's message")
     parser.add_argument("--max_gb", type=float, default=5.0, help="largest file in GB (default: 5)")
     args = parser.parse_args(argv)
-    try:
-        files = check(args.folder, args.max_gb * 1e9)
-        for file in files:
-            print(f"{(args.folder / file).stat().st_size:>15,}  {file.as_posix()}")
-        what = f"{len(files)} files, {sum((args.folder / file).stat().st_size for file in files) / 1e6:,.1f} MB"
-        if args.dry_run:
-            print(f"Would push {what}, to {args.repo_id}.")
-        else:
-            print(f"Pushed {what}: {push(args.folder, files, args)}")
-    except (OSError, ValueError, RuntimeError) as error:  # what this script and huggingface_hub raise for users
-        print(f"push_to_hub: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("push_to_hub", lambda: check_and_push(args), (OSError, ValueError, RuntimeError))
+
+
+def check_and_push(args: argparse.Namespace) -> None:
+    """Lists what goes out, and pushes it unless this is a dry run."""
+    files = check(args.folder, args.max_gb * 1e9)
+    for file in files:
+        print(f"{(args.folder / file).stat().st_size:>15,}  {file.as_posix()}")
+    what = f"{len(files)} files, {sum((args.folder / file).stat().st_size for file in files) / 1e6:,.1f} MB"
+    if args.dry_run:
+        print(f"Would push {what}, to {args.repo_id}.")
+    else:
+        print(f"Pushed {what}: {push(args.folder, files, args)}")
 
 
 if __name__ == "__main__":

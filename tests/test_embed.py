@@ -428,6 +428,7 @@ def test_every_argument_has_help():
 
 def test_help_needs_nothing_installed():
     """So nothing heavy is imported before it is used: -S hides site-packages."""
-    run = subprocess.run([sys.executable, "-S", embed.__file__, "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-S", "-m", "scripts.embed", "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "search" in run.stdout and "encode" in run.stdout

@@ -12,10 +12,11 @@ import torch
 from conftest import DECODERS, TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import parametrize, prune
 from transformers import AutoConfig, AutoModel
 
 from modeling_causal2vec import Causal2VecModel
-from prefix_cache import ModuleScan, PrefixCache, SharedPrefix, compute_prefix
+from prefix_cache import ModuleScan, PrefixCache, SharedPrefix, compute_prefix, make_bidirectional
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -206,6 +207,23 @@ def another_layer(model):
 
 CHANGES = [optimizer_step, load_state_dict, assign_state_dict, write_through_data, there_and_back]
 CHANGES += [another_parameter, another_module, another_layer]
+
+
+def pruned(model):
+    """Adds a parameter and a buffer to a module."""
+    prune.random_unstructured(model.decoder.layers[0].self_attn.k_proj, "weight", 0.5)
+
+
+def parametrized(model):
+    """Adds a module to one that had none."""
+    parametrize.register_parametrization(model.decoder.layers[0].self_attn.v_proj, "weight", torch.nn.Tanh())
+
+
+def both_ways(model):
+    make_bidirectional(model.decoder)
+
+
+CHANGES += [pruned, parametrized, both_ways]
 
 
 class TestNeverStale:

@@ -19,7 +19,6 @@ from transformers.trainer_utils import seed_worker
 
 import train
 from modeling_causal2vec import Causal2VecModel
-from training import arguments
 from training.arguments import ModelArguments
 from training.model import choose_parameters, load_model, name_of_base
 from training.trainer import COMPLETE, NonFiniteLoss, last_complete_checkpoint
@@ -548,16 +547,6 @@ def test_what_a_recipe_can_hold(tmp_path):
     found = {**vars(args), **vars(data), **vars(model)}
     expected = {**values, "encoder": "from_a_flag", "seed": 7, "report_to": []}
     assert {name: found[name] for name in values} == expected
-
-
-def test_a_processor_without_bfloat16_is_told(run, monkeypatch, caplog):
-    for fast in (True, False):
-        monkeypatch.setattr(arguments, "has_fast_bfloat16", lambda fast=fast: fast)
-        caplog.clear()
-        run("--dtype", "bfloat16", "--bf16", "true", "--dry_run")
-        assert sum("float32" in record.message for record in caplog.records if record.name == arguments.__name__) == (
-            not fast
-        )
 
 
 def test_deepspeed_is_refused(run, monkeypatch):

@@ -9,7 +9,6 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_causal2vec import BASELINES
-from runtime_utils import has_fast_bfloat16
 from saving_utils import is_hub_id
 from training.data import read_json
 
@@ -240,7 +239,3 @@ def check_arguments(model_args: ModelArguments, args: Causal2VecTrainingArgument
         raise ValueError("DeepSpeed is not supported. To shard a model, use FSDP: recipes/accelerate/fsdp.yaml.")
     if args.device.type == "cpu" and "flash" in (model_args.attn_implementation or ""):
         raise ValueError(f"{model_args.attn_implementation} needs a GPU. Without one, add --attn_implementation sdpa.")
-    if args.device.type == "cpu" and (args.bf16 or model_args.dtype == "bfloat16") and not has_fast_bfloat16():
-        logger.warning(
-            "This CPU has no instructions for bfloat16: float32, without --bf16 and --dtype, is about 100 times as fast."
-        )

@@ -166,19 +166,22 @@ def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
     The checkpoint that `--resume` goes on from, if there is one.
 
     Raises:
-        ValueError: without `--resume`, the output folder holds what another run left.
+        ValueError: without `--resume`, the output folder holds what another run left; with it, a finished model and no
+            complete checkpoint to go on from.
     """
-    if args.resume:
-        return last_complete_checkpoint(args.output_dir)
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    if args.resume and checkpoint is not None:
+        return checkpoint
     left = [
         path.name
         for name in ("model", "adapter", f"{PREFIX_CHECKPOINT_DIR}-*")
         for path in Path(args.output_dir).glob(name)
     ]
+    if args.resume and not {"model", "adapter"} & set(left):
+        return None
     if left:
-        raise ValueError(
-            f"{args.output_dir} holds {', '.join(left)} of another run. Add --resume, or choose another --output_dir."
-        )
+        way = "Add --resume, or choose" if checkpoint else "It has no complete checkpoint to --resume from; choose"
+        raise ValueError(f"{args.output_dir} holds {', '.join(left)} of another run. {way} another --output_dir.")
     return None
 
 

@@ -1,0 +1,25 @@
+"""How a command ends: with an exit code, and without a traceback for what is no fault of its own."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def exit_code(name: str, job: Callable[[], object], told: tuple[type[Exception], ...] = (OSError, ValueError)) -> int:
+    """
+    Runs a job; 0, or 2 after one of the errors `told`, which is told in one line, 130 after Ctrl-C, and 141 when the reader
+    of the output has gone, such as `head`.
+    """
+    try:
+        job()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to flush it at exit
+        return 141
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except told as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
