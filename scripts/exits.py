@@ -5,10 +5,15 @@ import sys
 from collections.abc import Callable
 
 
-def exit_code(name: str, job: Callable[[], object], told: tuple[type[Exception], ...] = (OSError, ValueError)) -> int:
+def exit_code(
+    name: str,
+    job: Callable[[], object],
+    told: tuple[type[Exception], ...] = (OSError, ValueError),
+    one_line: bool = True,
+) -> int:
     """
-    Runs a job; 0, or 2 after one of the errors `told`, which is told in one line, 130 after Ctrl-C, and 141 when the reader
-    of the output has gone, such as `head`.
+    Runs a job; 0, or 2 after one of the errors `told`, which is told without a traceback, 130 after Ctrl-C, and 141 when
+    the reader of the output has gone, such as `head`.
     """
     try:
         job()
@@ -20,6 +25,6 @@ def exit_code(name: str, job: Callable[[], object], told: tuple[type[Exception],
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except told as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split()) if one_line else error}", file=sys.stderr)
         return 2
     return 0

@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--message", default="Upload Causal2Vec model", help="the commit's message")
     parser.add_argument("--max_gb", type=float, default=5.0, help="largest file in GB (default: 5)")
     args = parser.parse_args(argv)
-    return exit_code("push_to_hub", lambda: check_and_push(args), (OSError, ValueError, RuntimeError))
+    told = (OSError, ValueError, RuntimeError)  # what this script and huggingface_hub raise for users
+    return exit_code("push_to_hub", lambda: check_and_push(args), told, one_line=False)
 
 
 def check_and_push(args: argparse.Namespace) -> None:

@@ -58,6 +58,8 @@ def refuse(*args, **kwargs):
 
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
 
+# `make` puts the clone on the path.
+sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.realpath(sys.argv[1])]
 for module in ("modeling_causal2vec", "configuration_causal2vec", "tokenization_utils"):
     assert importlib.util.find_spec(module) is None, f"{module} is importable without the folder"
 
@@ -114,7 +116,7 @@ def report(saved_dir, tmp_path_factory):
     environment.update(HF_HOME=str(home / "hf"), HOME=str(home), OMP_NUM_THREADS="1")
     task = {"folder": str(saved_dir), "texts": TEXTS, "instruction": INSTRUCTION}
     process = subprocess.run(
-        [sys.executable, "-c", CHILD],
+        [sys.executable, "-c", CHILD, str(ROOT)],
         input=json.dumps(task),
         capture_output=True,
         text=True,
