@@ -25,7 +25,7 @@ FOLDERS = ("evaluation", "training", "scripts", "benchmarks")
 # Runs in a process of its own. Blocks every installed package but torch, transformers and what they require, and every
 # connection; then loads a folder and writes its vectors.
 CHILD = r"""
-import importlib.metadata as metadata, importlib.util, json, re, socket, sys
+import importlib.metadata as metadata, importlib.util, json, os, re, socket, sys
 
 def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
