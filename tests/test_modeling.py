@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -1331,6 +1332,29 @@ class TestProcesses:
         forked.set()
         thread.join()
         assert os.waitpid(child, 0)[1] == 0 and model.training
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_no_fork_while_a_tokenizer_works(self, tiny_model):
+        """A tokenizer's own locks would stay closed in the child."""
+        working, order = threading.Event(), []
+
+        def tokenize():
+            with runtime_utils.TOKENIZING:
+                working.set()
+                time.sleep(0.2)
+                order.append("tokenized")
+
+        thread = threading.Thread(target=tokenize)
+        thread.start()
+        assert working.wait(60)
+        child = os.fork()
+        order.append("forked")
+        if child == 0:
+            signal.alarm(60)  # ends a child that waits for ever
+            os._exit(0 if len(tiny_model.processor("hi")["input_ids"]) == 1 else 1)
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0 and order == ["tokenized", "forked"]
+        tiny_model.processor("hi")
 
     def test_a_spawned_process(self, tiny_model):
         context = multiprocessing.get_context("spawn")
