@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 
 
 # Prompt templates of instruction-tuned decoders (Causal2Vec, appendix A.1), found by a marker in the chat template that
-# the decoder's tokenizer carries: name -> (marker, prompt_head, prompt_tail). Text goes between head and tail. The paper's
-# tail for Qwen2.5-Instruct, <|im_end|>, is that model's EOS token as well: a row then ends in it once, not twice.
+# the decoder's tokenizer carries: name -> (marker, template_prefix, template_suffix). The paper's suffix for
+# Qwen2.5-Instruct, <|im_end|>, is that model's EOS token as well: a row then ends in it once, not twice.
 PROMPT_TEMPLATES = {
     "llama-3": ("<|start_header_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_start|>user\n", "<|im_end|>"),
@@ -93,17 +93,17 @@ class Causal2VecConfig(PreTrainedConfig):
             used and text is never encoded to it.
         hidden_size (`int`, *optional*):
             The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many.
-        prompt_head (`str`, defaults to `""`):
+        template_prefix (`str`, defaults to `""`):
             Template text before the instruction. Control tokens in it are encoded as such.
-        prompt_tail (`str`, defaults to `""`):
+        template_suffix (`str`, defaults to `""`):
             Template text between the input text and the EOS token. One that ends in the EOS token gets no second one.
         text_prefix (`str`, defaults to `""`):
             What the encoder expects before every text, such as `"query: "`.
         query_instruction (`str`, *optional*):
             The instruction that `encode_query` uses unless it is given one.
         max_seq_length (`int`, defaults to 512):
-            Longest decoder sequence in tokens: head, instruction, Contextual token, text, tail and EOS. Longer texts are
-            cut at their end.
+            Longest decoder sequence in tokens: template, instruction, Contextual token, text and EOS. Longer texts are cut
+            at their end.
         icl_max_seq_length (`int`, defaults to 2048):
             The same limit for inputs with in-context examples.
         encoder_max_seq_length (`int`, defaults to 512):
@@ -118,7 +118,7 @@ class Causal2VecConfig(PreTrainedConfig):
             What an embedding is made of (Table 12): `"concat"` of the Contextual token's and EOS's states, their
             `"average"`, `"eos"` alone, or `"eos_encoder"`: EOS's state and the projected output of the encoder.
         contextual_position (`str`, defaults to `"after_instruction"`):
-            Or `"before_instruction"` (Table 14): then between the template's head and the instruction.
+            Or `"before_instruction"` (Table 14): then between the template's prefix and the instruction.
         num_contextual_tokens (`int`, defaults to 1):
             More than one are read from the encoder's states by cross-attention with learnable queries (Table 5). The
             last of them, which sees the others, is then the one whose state goes into an embedding.
@@ -149,8 +149,8 @@ class Causal2VecConfig(PreTrainedConfig):
     decoder_config: dict | PreTrainedConfig | None = None
     contextual_token_id: int = 0
     hidden_size: int | None = None
-    prompt_head: str = ""
-    prompt_tail: str = ""
+    template_prefix: str = ""
+    template_suffix: str = ""
     text_prefix: str = ""
     query_instruction: str | None = None
     max_seq_length: int = 512
@@ -309,8 +309,8 @@ _OF_TRANSFORMERS = {
 
 _TYPES = {
     "contextual_token_id": int,
-    "prompt_head": str,
-    "prompt_tail": str,
+    "template_prefix": str,
+    "template_suffix": str,
     "text_prefix": str,
     "query_instruction": (str, type(None)),
     "hidden_size": (int, type(None)),

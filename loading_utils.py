@@ -236,7 +236,7 @@ class PretrainedMixin:
             encoder_kwargs, decoder_kwargs (`dict`, *optional*): For the two calls of `from_pretrained`, such as
                 `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file": NAME}` reads model and tokenizer from that
                 GGUF file of the folder or Hub id; the model is then a plain one, in float32 unless `dtype` says otherwise.
-            config_kwargs: Fields of [`Causal2VecConfig`]. `prompt_head` and `prompt_tail` default to the entry of
+            config_kwargs: Fields of [`Causal2VecConfig`]. `template_prefix` and `template_suffix` default to the entry of
                 `PROMPT_TEMPLATES` that fits the decoder's chat template.
 
         Example:
@@ -260,8 +260,8 @@ class PretrainedMixin:
             tokenizer.add_tokens([contextual_token], special_tokens=True)
         if len(tokenizer) > decoder_model.get_input_embeddings().num_embeddings:
             decoder_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        if "prompt_head" not in config_kwargs and "prompt_tail" not in config_kwargs:
-            config_kwargs["prompt_head"], config_kwargs["prompt_tail"] = find_prompt_template(tokenizer.chat_template)
+        if "template_prefix" not in config_kwargs and "template_suffix" not in config_kwargs:
+            config_kwargs["template_prefix"], config_kwargs["template_suffix"] = find_prompt_template(tokenizer.chat_template)
         for name, backbone in (
             ("max_seq_length", decoder_model),
             ("icl_max_seq_length", decoder_model),
@@ -430,10 +430,10 @@ def check_gguf_available() -> None:
 
 
 def find_prompt_template(chat_template: str | None) -> tuple[str, str]:
-    """Prompt head and tail of the first entry of `PROMPT_TEMPLATES` whose marker the chat template holds."""
-    for name, (marker, prompt_head, prompt_tail) in PROMPT_TEMPLATES.items():
+    """Template prefix and suffix of the first entry of `PROMPT_TEMPLATES` whose marker the chat template holds."""
+    for name, (marker, template_prefix, template_suffix) in PROMPT_TEMPLATES.items():
         if name == "none" or (isinstance(chat_template, str) and marker in chat_template):
-            return prompt_head, prompt_tail
+            return template_prefix, template_suffix
 
 
 def position_limit(backbone: PreTrainedModel) -> int | None:

@@ -2,14 +2,14 @@
 
 The encoder reads the text alone. The decoder reads
 
-    [BOS if its tokenizer adds one] [prompt_head + examples + instruction] [slot] [text] [prompt_tail] [EOS]
+    [BOS if its tokenizer adds one] [template_prefix + examples + instruction] [slot] [text] [template_suffix] [EOS]
 
 with no second BOS or EOS where the template has its own, and where the slot is one reserved id whose embedding the model replaces by the Contextual token. Rows are joined from token
 *ids*, segment by segment, and only the text's ids are ever cut. Invariants: EOS is the last real token at every length,
 the slot stands exactly once, nothing in a text or an instruction is read as a control token, all rows of a task are the
 same up to the slot, and a long text, of which only the beginning is tokenized, has the ids of the whole. Of the paper's
 ablations, several Contextual tokens have as many slots next to each other, and before the instruction means
-`[prompt_head] [slot] [examples + instruction] [text]` (appendix C.5).
+`[template_prefix] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
 import re
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     Args:
         prefix_ids: What the decoder reads before the slot: the same for all texts of a task.
-        ids: What it reads from there on: slot, text, tail and EOS.
+        ids: What it reads from there on: slot, text, template suffix and EOS.
         encoder_ids: What the encoder reads, if there is one.
         cut: The towers that read only the text's beginning: `"decoder"`, `"encoder"`.
     """
@@ -69,8 +69,8 @@ class Causal2VecProcessor(ProcessorMixin):
         tokenizer,
         encoder_tokenizer,
         contextual_token_id: int = 0,
-        prompt_head: str = "",
-        prompt_tail: str = "",
+        template_prefix: str = "",
+        template_suffix: str = "",
         text_prefix: str = "",
         max_seq_length: int = 512,
         icl_max_seq_length: int = 2048,
@@ -81,8 +81,8 @@ class Causal2VecProcessor(ProcessorMixin):
         super().__init__(tokenizer, encoder_tokenizer)
         self.encoder_tokenizer = encoder_tokenizer  # also where a processor without encoder does not have it
         self.contextual_token_id = contextual_token_id
-        self.prompt_head = prompt_head
-        self.prompt_tail = prompt_tail
+        self.template_prefix = template_prefix
+        self.template_suffix = template_suffix
         self.text_prefix = text_prefix
         self.max_seq_length = max_seq_length
         self.icl_max_seq_length = icl_max_seq_length
@@ -102,18 +102,18 @@ class Causal2VecProcessor(ProcessorMixin):
         bos_ids = tokenizer("a")["input_ids"][:1]
         self._bos_ids = bos_ids if tokenizer.bos_token_id in bos_ids else []
         # One BOS and one EOS: ChatML's <|im_start|> and <|im_end|> are just these for some tokenizers.
-        if self._bos_ids == self._encode_trusted(prompt_head)[:1]:
+        if self._bos_ids == self._encode_trusted(template_prefix)[:1]:
             self._bos_ids = []
-        self._tail_ids = self._encode_trusted(prompt_tail)
-        if self._tail_ids[-1:] == [tokenizer.eos_token_id]:
-            self._tail_ids.pop()
+        self._suffix_ids = self._encode_trusted(template_suffix)
+        if self._suffix_ids[-1:] == [tokenizer.eos_token_id]:
+            self._suffix_ids.pop()
         self._encoder_frame = ([], []) if encoder_tokenizer is None else ids_around(encoder_tokenizer)
         slot_as_text = self._encode_plain(tokenizer, [tokenizer.decode([contextual_token_id])])[0]
         taken_ids = {
             "EOS": [tokenizer.eos_token_id],
             "padding": [self._pad_token_id],
             "BOS": self._bos_ids,
-            "template": self._encode_trusted(prompt_head) + self._tail_ids,
+            "template": self._encode_trusted(template_prefix) + self._suffix_ids,
             "text": slot_as_text,
         }
         for use, ids in taken_ids.items():
@@ -203,7 +203,7 @@ class Causal2VecProcessor(ProcessorMixin):
         for (prefix, behind_slot), room, ids, its_encoder_ids in zip(parts, rooms, decoder_ids, encoder_ids):
             cut = ("decoder",) * (len(ids) > room)
             slots = [self.contextual_token_id] * self.num_slots
-            ids = [*slots, *behind_slot, *ids[:room], *self._tail_ids, self.tokenizer.eos_token_id]
+            ids = [*slots, *behind_slot, *ids[:room], *self._suffix_ids, self.tokenizer.eos_token_id]
             if its_encoder_ids is not None:
                 cut += ("encoder",) * (len(its_encoder_ids) > encoder_room)
                 its_encoder_ids = before + its_encoder_ids[:encoder_room] + behind
@@ -295,22 +295,22 @@ class Causal2VecProcessor(ProcessorMixin):
         user_part = _clean(format_examples(examples, instruction) + (instruction or ""))
         if self.contextual_position == "before_instruction":
             behind = self._encode_plain(self.tokenizer, [user_part])[0]
-            return self._bos_ids + self._encode_trusted(self.prompt_head), behind
-        prefix = self.prompt_head + user_part
-        if any(prefix.count(token) != self.prompt_head.count(token) for token in self._control_tokens):
-            prefix_ids = self._encode_trusted(self.prompt_head) + self._encode_plain(self.tokenizer, [user_part])[0]
+            return self._bos_ids + self._encode_trusted(self.template_prefix), behind
+        prefix = self.template_prefix + user_part
+        if any(prefix.count(token) != self.template_prefix.count(token) for token in self._control_tokens):
+            prefix_ids = self._encode_trusted(self.template_prefix) + self._encode_plain(self.tokenizer, [user_part])[0]
         else:
             prefix_ids = self._encode_trusted(prefix)
         return self._bos_ids + prefix_ids, []
 
     def _room(self, before: list[int], behind: list[int], max_length: int) -> int:
         """How many tokens of a text a row takes. Raises ValueError when there is no place for one."""
-        prefix, tail = len(before + behind), len(self._tail_ids)
-        room = max_length - prefix - tail - self.num_slots - 1
+        prefix, suffix = len(before + behind), len(self._suffix_ids)
+        room = max_length - prefix - suffix - self.num_slots - 1
         if room < 1:
             raise ValueError(
                 f"max_length={max_length} leaves no room for text: the prefix (template, examples, instruction) "
-                f"has {prefix} tokens, the tail {tail}, the Contextual token and EOS {self.num_slots + 1}. Use at least "
+                f"has {prefix} tokens, the template's suffix {suffix}, the Contextual token and EOS {self.num_slots + 1}. Use at least "
                 f"max_length={max_length - room + 1}, or a shorter prefix."
             )
         return room
@@ -333,8 +333,8 @@ class DecoderProcessor(Causal2VecProcessor):
         self,
         tokenizer,
         contextual_token_id: int = 0,
-        prompt_head: str = "",
-        prompt_tail: str = "",
+        template_prefix: str = "",
+        template_suffix: str = "",
         text_prefix: str = "",
         max_seq_length: int = 512,
         icl_max_seq_length: int = 2048,
@@ -346,8 +346,8 @@ class DecoderProcessor(Causal2VecProcessor):
             tokenizer,
             None,
             contextual_token_id,
-            prompt_head,
-            prompt_tail,
+            template_prefix,
+            template_suffix,
             text_prefix,
             max_seq_length,
             icl_max_seq_length,
@@ -363,8 +363,8 @@ UNSETTLED = 4  # last words of a text's beginning whose tokens may depend on wha
 
 PROCESSOR_SETTINGS = (
     "contextual_token_id",
-    "prompt_head",
-    "prompt_tail",
+    "template_prefix",
+    "template_suffix",
     "text_prefix",
     "max_seq_length",
     "icl_max_seq_length",

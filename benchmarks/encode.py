@@ -135,20 +135,20 @@ class Methods:
         self.eos, self.max_length = self.processor.tokenizer.eos_token_id, self.processor.max_seq_length
 
     def all(self) -> dict[str, Callable[[], torch.Tensor]]:
-        head = self.processor.encode_prefix(self.instruction)
+        prefix = self.processor.encode_prefix(self.instruction)
         text_ids = self.processor._encode_plain(self.processor.tokenizer, self.texts)
-        room = self.max_length - len(head) - 2
+        room = self.max_length - len(prefix) - 2
         text_ids = [ids[:room] for ids in text_ids]
         half = [ids[: room // 2] for ids in text_ids]
         shots = self.processor.encode_prefix(self.instruction, self.examples)
         query, response = self.plain(f"<instruct>{self.instruction}\n<query>"), self.plain("\n<response>")
         shots = shots[: len(shots) - len(self.plain(self.instruction))]  # examples alone; the prompt repeats the task
         return {
-            "last-token": self.decoder_only([[*head, *ids, self.eos] for ids in text_ids], "last"),
+            "last-token": self.decoder_only([[*prefix, *ids, self.eos] for ids in text_ids], "last"),
             "bidirectional mean": self.decoder_only(
-                [[*head, *ids, self.eos] for ids in text_ids], "mean", skip=len(head)
+                [[*prefix, *ids, self.eos] for ids in text_ids], "mean", skip=len(prefix)
             ),
-            "echo": self.decoder_only([[*head, *ids, *ids, self.eos] for ids in half], "second", skip=len(head)),
+            "echo": self.decoder_only([[*prefix, *ids, *ids, self.eos] for ids in half], "second", skip=len(prefix)),
             BASELINE: self.decoder_only([[*shots, *query, *ids, *response, self.eos] for ids in text_ids], "last"),
             "causal2vec": self.causal2vec(None, shared=False),
             "causal2vec shared": self.causal2vec(None, shared=True),
@@ -340,7 +340,7 @@ def bench_task(model, task: str, args) -> dict:
 
 @torch.inference_mode()
 def bench_long(model, args) -> dict:
-    """512-token texts with an instruction: a decoder alone against Causal2Vec with a shared head."""
+    """512-token texts with an instruction: a decoder alone against Causal2Vec with a shared prefix."""
     words = " ".join(read_texts(args.data_dir, *CORPORA[0])).split()
     size = 4 * model.processor.max_seq_length
     texts = [" ".join(words[i * size : (i + 1) * size]) for i in range(args.long_texts)]
@@ -410,33 +410,33 @@ def bench_corpus(model, args) -> dict:
                 vectors.append(torch.nn.functional.normalize(embeddings, dim=-1).cpu())
         return torch.cat(vectors)
 
-    def tokens_read(head):
-        """Tokens per text of each tower in padded batches of input order, and without padding and heads."""
+    def tokens_read(prefix_text):
+        """Tokens per text of each tower in padded batches of input order, and without padding and prefixes."""
         padded, needed = {"decoder": 0, "encoder": 0}, {"decoder": 0, "encoder": 0}
-        head_tokens = len(model.processor.encode_prefix(head))
+        prefix_tokens = len(model.processor.encode_prefix(prefix_text))
         for start in range(0, len(texts), args.batch_size):
-            batch = model.processor(texts[start : start + args.batch_size], head)
+            batch = model.processor(texts[start : start + args.batch_size], prefix_text)
             for tower, mask in (("decoder", "attention_mask"), ("encoder", "encoder_attention_mask")):
                 padded[tower] += batch[mask].numel()
                 needed[tower] += int(batch[mask].sum())
-            needed["decoder"] -= head_tokens * len(batch["input_ids"])
+            needed["decoder"] -= prefix_tokens * len(batch["input_ids"])
         return [{tower: count / len(texts) for tower, count in counts.items()} for counts in (padded, needed)]
 
     def everything_on(instruction):
         return model.encode(texts, instruction=instruction, batch_size=args.batch_size, convert_to_tensor=True)
 
     result = {"texts": len(texts)}
-    for name, head in (("50-token head", instruction), ("no head", None)):
-        difference = check_equal(input_order(head), everything_on(head), args.dtype)
+    for name, prefix_text in (("50-token prefix", instruction), ("no prefix", None)):
+        difference = check_equal(input_order(prefix_text), everything_on(prefix_text), args.dtype)
         runs = {
-            "input order": lambda head=head: input_order(head),
-            "everything on": lambda head=head: everything_on(head),
+            "input order": lambda prefix_text=prefix_text: input_order(prefix_text),
+            "everything on": lambda prefix_text=prefix_text: everything_on(prefix_text),
         }
         seconds = interleaved(runs, max(2, args.repeats - 3), args.device)
         result[name] = {
-            "head_tokens": len(model.processor.encode_prefix(head)),
+            "prefix_tokens": len(model.processor.encode_prefix(prefix_text)),
             "difference": difference,
-            "tokens_per_text": dict(zip(runs, tokens_read(head))),
+            "tokens_per_text": dict(zip(runs, tokens_read(prefix_text))),
             "texts_per_second": {run: len(texts) / statistics.median(values) for run, values in seconds.items()},
         }
         log(f"corpus, {name}: {result[name]['texts_per_second']}")
@@ -510,7 +510,7 @@ def find_ratios(results: dict) -> list[dict]:
     if results.get("latency"):
         latency = results["latency"]
         add("one query: time, with examples / no instruction", latency["examples"] / latency["no instruction"], 1.3)
-    for name, target in (("50-token head", 4.0), ("no head", 1.5)):
+    for name, target in (("50-token prefix", 4.0), ("no prefix", 1.5)):
         if results.get("corpus"):
             speed = results["corpus"][name]["texts_per_second"]
             add(
@@ -561,7 +561,7 @@ def make_tables(results: dict) -> str:
         lines += ["| method | seconds per text |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in long["seconds_per_text"].items()]
     if results.get("latency"):
-        lines += ["", "## One query at a time", "", "| head | ms |", "|---|---|"]
+        lines += ["", "## One query at a time", "", "| prefix | ms |", "|---|---|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in results["latency"].items()]
     if results.get("corpus"):
         corpus = results["corpus"]
@@ -569,10 +569,10 @@ def make_tables(results: dict) -> str:
             "",
             f"## {corpus['texts']} texts of mixed lengths",
             "",
-            "| head | input order, texts/s | everything on | tokens per text, decoder + encoder | everything on |",
+            "| prefix | input order, texts/s | everything on | tokens per text, decoder + encoder | everything on |",
         ]
         lines += ["|---|---|---|---|---|"]
-        for name in ("50-token head", "no head"):
+        for name in ("50-token prefix", "no prefix"):
             speed, tokens = (corpus[name].get(key) for key in ("texts_per_second", "tokens_per_text"))
             cells = [f"{speed[run]:.2f}" for run in speed]
             cells += [f"{t['decoder']:.0f} + {t['encoder']:.0f}" for t in tokens.values()] if tokens else ["", ""]
@@ -644,8 +644,8 @@ def load(args, decoder_config: str | None, dtype: str | None = None) -> Causal2V
         processor, encoder = model.processor, model.encoder
         kept = (
             "contextual_token_id",
-            "prompt_head",
-            "prompt_tail",
+            "template_prefix",
+            "template_suffix",
             "max_seq_length",
             "icl_max_seq_length",
             "encoder_max_seq_length",

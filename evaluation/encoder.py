@@ -239,7 +239,7 @@ class MTEBEncoder:
         """Vectors of one side of a task, computed in chunks, which are cached, and shared out among processes."""
         import numpy as np
 
-        instruction, examples = self.head(task_metadata, side)
+        instruction, examples = self.prompt(task_metadata, side)
         texts = [self.noise(text) for text in texts] if self.noise else list(texts)
         self.lengths += [len(text) for text in texts]
 
@@ -267,7 +267,7 @@ class MTEBEncoder:
             self.truncated.update(count)
         return np.concatenate(vectors)
 
-    def head(self, task_metadata, side: str | None) -> tuple[str | None, list[dict] | None]:
+    def prompt(self, task_metadata, side: str | None) -> tuple[str | None, list[dict] | None]:
         """Instruction and examples that stand before the texts of one side of a task."""
         instruction = self.instruction_for(task_metadata, side)
         return instruction, self.backend.fit(instruction, self.examples_for(task_metadata, instruction))
@@ -313,7 +313,7 @@ class MTEBEncoder:
 
 class VectorCache:
     """
-    Vectors of texts on disk, in one SQLite file per model and head, so that a text of several tasks or of an interrupted
+    Vectors of texts on disk, in one SQLite file per model and prompt, so that a text of several tasks or of an interrupted
     one is embedded once. Several processes may write; what is there was written whole.
     """
 

@@ -139,7 +139,7 @@ def decoder_alone(model):
     from tokenization_utils import Causal2VecProcessor
 
     kept = (
-        "decoder_config contextual_token_id prompt_head prompt_tail text_prefix query_instruction max_seq_length "
+        "decoder_config contextual_token_id template_prefix template_suffix text_prefix query_instruction max_seq_length "
         "icl_max_seq_length bidirectional"
     )
     config = Causal2VecConfig(baseline="last_token", **{name: getattr(model.config, name) for name in kept.split()})

@@ -57,7 +57,7 @@ def prompts_of(encoder: MTEBEncoder, tasks: Sequence) -> Iterator[tuple[str, str
         sides = ("query", "document") if task.type in ("Retrieval", "Reranking") else (None,)
         texts = collect_texts(task, sides, encoder)
         for side in sides:
-            instruction, examples = encoder.head(task.leaves()[0].metadata, side)
+            instruction, examples = encoder.prompt(task.leaves()[0].metadata, side)
             yield task.name, side or "text", encoder.backend.describe(texts[side][0], instruction, examples)
 
 
@@ -86,7 +86,7 @@ def analyze(encoder: MTEBEncoder, tasks: Sequence, output: str | Path, count: in
         metadata = task.leaves()[0].metadata
         texts = sorted(set(collect_texts(task, [side], encoder)[side]))
         texts = random.Random(task.name).sample(texts, min(count, len(texts)))
-        instruction, examples = encoder.head(metadata, side)
+        instruction, examples = encoder.prompt(metadata, side)
 
         def mean_length(examples, texts=texts, instruction=instruction) -> float:
             rows = [encoder.backend.rows([text], instruction, examples)["attention_mask"] for text in texts]

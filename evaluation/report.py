@@ -332,15 +332,15 @@ def comparison_markdown(runs: Sequence[Run], rows: Mapping[str, list[dict]]) -> 
             cells += [number(score), number(difference, signed=True)]
         return cells
 
-    heads = {
+    first_columns = {
         "means": ["MTEB, mean of", "over"],
         "tasks": ["MTEB task", "type"],
         "other": ["Task outside MTEB", "type"],
         "drops": ["Drop under noise", "type"],
     }
     parts = [
-        markdown_table([*head, *header], [[row["name"], row["label"], *cells(row)] for row in rows[key]])
-        for key, head in heads.items()
+        markdown_table([*first, *header], [[row["name"], row["label"], *cells(row)] for row in rows[key]])
+        for key, first in first_columns.items()
         if rows[key]
     ]
     return "\n\n".join(parts) + "\n"

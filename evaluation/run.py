@@ -125,7 +125,7 @@ def describe_task(task, encoder: MTEBEncoder) -> dict:
     sides = ("query", "document") if task.type in ("Retrieval", "Reranking") else (None,)
     instructions, examples = {}, {}
     for side in sides:
-        instructions[side or "text"], fitting = encoder.head(leaf, side)
+        instructions[side or "text"], fitting = encoder.prompt(leaf, side)
         available = encoder.examples_for(leaf, instructions[side or "text"])
         if available:
             digest = sha256(json.dumps(fitting, sort_keys=True))[:12]

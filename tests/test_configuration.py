@@ -24,8 +24,8 @@ def everything_set() -> Causal2VecConfig:
         encoder_config=encoder_config("bert", 200),
         decoder_config=decoder_config("mistral", 300),
         contextual_token_id=7,
-        prompt_head="[INST] ",
-        prompt_tail=" [/INST]\n\u2603 \U0001f40d",
+        template_prefix="[INST] ",
+        template_suffix=" [/INST]\n\u2603 \U0001f40d",
         text_prefix="query: ",
         query_instruction='Find "it" \\ ü',
         projector_hidden_size=48,
@@ -85,8 +85,8 @@ class TestFields:
         assert PROMPT_TEMPLATES["inst"] == ("[INST]", "[INST] ", " [/INST]")
         assert PROMPT_TEMPLATES["chatml"] == ("<|im_start|>", "<|im_start|>user\n", "<|im_end|>")
         assert PROMPT_TEMPLATES["none"] == ("", "", "")
-        for marker, prompt_head, _ in PROMPT_TEMPLATES.values():
-            assert marker in prompt_head
+        for marker, template_prefix, _ in PROMPT_TEMPLATES.values():
+            assert marker in template_prefix
 
     def test_the_longest_lengths_are_the_backbones(self):
         config = make_config(max_seq_length=512, icl_max_seq_length=512, encoder_max_seq_length=40)
@@ -168,9 +168,9 @@ WRONG_TYPES = [
     ("hidden_size", True),
     ("hidden_size", "32"),
     ("hidden_size", 32.0),
-    ("prompt_head", None),
-    ("prompt_head", b"head"),
-    ("prompt_tail", 3),
+    ("template_prefix", None),
+    ("template_prefix", b"head"),
+    ("template_suffix", 3),
     ("text_prefix", ["query: "]),
     ("query_instruction", 4),
     ("max_seq_length", True),

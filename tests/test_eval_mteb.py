@@ -307,12 +307,12 @@ def test_print_prompts_shows_the_rows_that_the_model_reads(checkpoint, tiny_mode
 
     pair, configs = sts_rows(1)[0], retrieval_configs(2)
     document = configs["corpus"]["test"][0]
-    for head, row in {
+    for heading, row in {
         "STS16, text": decoder_row(pair["sentence1"], instructions["STS16"]),
         "SciFact, query": decoder_row(configs["queries"]["test"][0]["text"], instructions["SciFact"]),
         "SciFact, document": decoder_row(f"{document['title']} {document['text']}", None),
     }.items():
-        assert f"{head}, decoder reads:\n{row}\n" in printed
+        assert f"{heading}, decoder reads:\n{row}\n" in printed
     assert "SciFact, document, encoder reads:\n[CLS]" in printed
     assert printed.count(instructions["SciFact"]) == 1
     assert printed.count("<|contextual|>") == 3
@@ -330,13 +330,13 @@ def test_examples_reach_the_head_of_queries_only(checkpoint, data_dir, tmp_path)
     tasks, encoder = load(checkpoint, data_dir, tmp_path / "out", "--icl", str(icl))
     for task in tasks:
         metadata = task.leaves()[0].metadata
-        instruction, examples = encoder.head(metadata, "query" if task.name == "SciFact" else None)
+        instruction, examples = encoder.prompt(metadata, "query" if task.name == "SciFact" else None)
         assert examples == [{"query": f"example of {task.name}", "response": "yes"}]
         assert (
             f"<query>example of {task.name}\n<response>yes"
             in encoder.backend.describe("hi", instruction, examples)["decoder"]
         )
-    assert encoder.head(tasks[0].leaves()[0].metadata, "document") == (None, None)
+    assert encoder.prompt(tasks[0].leaves()[0].metadata, "document") == (None, None)
 
     (icl / "SciFact.json").unlink()
     (icl / "STS16.json").unlink()
@@ -349,11 +349,11 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
     examples = [{"query": "a long example " * 8, "response": "yes"} for _ in range(20)]
     encoder.examples_for = Examples({"STS16": examples})
     task = next(task for task in tasks if task.name == "STS16")
-    instruction, fitting = encoder.head(task.leaves()[0].metadata, None)
+    instruction, fitting = encoder.prompt(task.leaves()[0].metadata, None)
     assert 0 < len(fitting) < 20 and fitting == examples[: len(fitting)]
     limit = encoder.backend.model.config.icl_max_seq_length
-    head = encoder.backend.model.processor.encode_prefix
-    assert len(head(instruction, fitting)) <= limit - limit // 4 < len(head(instruction, examples[: len(fitting) + 1]))
+    prefix = encoder.backend.model.processor.encode_prefix
+    assert len(prefix(instruction, fitting)) <= limit - limit // 4 < len(prefix(instruction, examples[: len(fitting) + 1]))
     record = run_task(task, encoder, tmp_path / "out", result_cache(tmp_path / "out"))
     assert record["examples"]["text"]["count"] == len(fitting) and record["examples"]["text"]["of"] == 20
     assert f"STS16, text: only {len(fitting)} of 20 examples leave room" in capsys.readouterr().err
@@ -416,9 +416,9 @@ def test_last_token_pooling_is_the_decoder_alone(checkpoint, data_dir, tmp_path)
     assert vectors.shape == (10, model.config.hidden_size)
 
     tokenizer, limit = model.processor.tokenizer, model.config.max_seq_length
-    head = tokenizer("Find it")["input_ids"]  # with BOS
+    prefix = tokenizer("Find it")["input_ids"]  # with BOS
     for text, vector in zip(texts, vectors):
-        ids = [*head, *tokenizer(text, add_special_tokens=False)["input_ids"]][: limit - 1] + [tokenizer.eos_token_id]
+        ids = [*prefix, *tokenizer(text, add_special_tokens=False)["input_ids"]][: limit - 1] + [tokenizer.eos_token_id]
         with torch.no_grad():
             state = model.decoder(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
         np.testing.assert_allclose(vector, torch.nn.functional.normalize(state, dim=-1), atol=1e-5)
@@ -782,9 +782,9 @@ def test_any_sentence_transformers_model_can_be_scored(sentence_transformer, dat
         np.testing.assert_allclose(
             encoder.embed(["some text"], metadata, side), model.encode(["some text"], prompt=prompt), atol=1e-6
         )
-    assert encoder.backend.describe("some text", *encoder.head(metadata, "query")) == {"text": "query: some text"}
+    assert encoder.backend.describe("some text", *encoder.prompt(metadata, "query")) == {"text": "query: some text"}
     encoder.backend.model.default_prompt_name = "document"
-    assert encoder.head(metadata, None)[0] == "doc: "  # as sentence-transformers puts it before them
+    assert encoder.prompt(metadata, None)[0] == "doc: "  # as sentence-transformers puts it before them
 
 
 def test_options_of_ours_do_not_fit_other_models(sentence_transformer, data_dir, tmp_path):

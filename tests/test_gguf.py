@@ -25,7 +25,7 @@ def test_a_gguf_decoder_is_joined_and_saved(backbone_dir, gguf_dir, tmp_path):
     for name, tensor in loaded.items():
         of_file = expected[f"model.{name}"]
         torch.testing.assert_close(tensor[: len(of_file)], of_file, rtol=0, atol=1e-6)
-    assert model.dtype == torch.float32 and model.config.prompt_head == "<|im_start|>user\n"
+    assert model.dtype == torch.float32 and model.config.template_prefix == "<|im_start|>user\n"
     plain = AutoTokenizer.from_pretrained(gguf_dir / "plain")
     for text in TEXTS:
         assert model.processor.tokenizer(text)["input_ids"] == plain(text)["input_ids"]
@@ -52,7 +52,7 @@ def test_what_is_asked_of_the_backbone_is_kept(gguf_dir):
 
 def test_a_row_ends_in_one_eos(backbone_dir, gguf_dir):
     processor = join(backbone_dir, gguf_dir).processor
-    assert processor.tokenizer.eos_token == processor.prompt_tail == "<|im_end|>"
+    assert processor.tokenizer.eos_token == processor.template_suffix == "<|im_end|>"
     rows = processor(TEXTS)
     for ids, mask in zip(rows["input_ids"], rows["attention_mask"]):
         assert (ids[mask.bool()] == processor.tokenizer.eos_token_id).nonzero().tolist() == [[int(mask.sum()) - 1]]

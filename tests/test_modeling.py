@@ -197,16 +197,16 @@ class TestForward:
 
     def test_a_cached_head(self, model):
         instruction = "Given a question, retrieve passages that answer it"
-        head = model.processor.encode_prefix(instruction)
-        assert len(head) > 8, "shorter than the sliding window"
+        prefix = model.processor.encode_prefix(instruction)
+        assert len(prefix) > 8, "shorter than the sliding window"
         batch = model.processor(TEXTS, instruction=instruction)
         expected = embed(model, batch)
         cache = DynamicCache(config=model.decoder.config)
         with torch.no_grad():
-            model.decoder(input_ids=torch.tensor([head]), past_key_values=cache, use_cache=True)
-            assert cache.get_seq_length() == len(head)
+            model.decoder(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            assert cache.get_seq_length() == len(prefix)
             cache.batch_repeat_interleave(len(TEXTS))
-            batch["input_ids"] = batch["input_ids"][:, len(head) :]
+            batch["input_ids"] = batch["input_ids"][:, len(prefix) :]
             out = model(**batch, past_key_values=cache, use_cache=True)
         assert difference(out.embeddings, expected) <= FP32_BOUND
         assert out.past_key_values is cache
@@ -214,11 +214,11 @@ class TestForward:
     def test_a_cached_head_without_a_mask(self, models):
         model = models("llama", "bert")
         batch = model.processor(TEXTS[1], instruction="Find it")
-        head = model.processor.encode_prefix("Find it")
+        prefix = model.processor.encode_prefix("Find it")
         cache = DynamicCache(config=model.decoder.config)
         with torch.no_grad():
-            model.decoder(input_ids=torch.tensor([head]), past_key_values=cache, use_cache=True)
-        rest = dict(input_ids=batch["input_ids"][:, len(head) :], encoder_ids=batch["encoder_ids"])
+            model.decoder(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+        rest = dict(input_ids=batch["input_ids"][:, len(prefix) :], encoder_ids=batch["encoder_ids"])
         assert difference(embed(model, rest, past_key_values=cache), embed(model, batch)) <= FP32_BOUND
 
     def test_no_cache_is_returned_unless_asked_for(self, models):
@@ -806,7 +806,7 @@ class TestJoining:
         assert model.config.contextual_token_id == 320 == len(model.processor.tokenizer) - 1
         assert model.config.decoder_config.vocab_size == 321
         assert model.config.hidden_size == HIDDEN
-        assert (model.config.prompt_head, model.config.prompt_tail) == ("", "")
+        assert (model.config.template_prefix, model.config.template_suffix) == ("", "")
         assert model.processor.tokenizer.convert_ids_to_tokens(320) == "<|contextual|>"
         assert 320 not in model.processor("<|contextual|>")["input_ids"][0, 2:]
 
@@ -841,17 +841,17 @@ class TestJoining:
 
     @pytest.mark.parametrize("name", PROMPT_TEMPLATES)
     def test_templates_follow_the_chat_template(self, name, backbone_dir, tmp_path):
-        marker, prompt_head, prompt_tail = PROMPT_TEMPLATES[name]
+        marker, template_prefix, template_suffix = PROMPT_TEMPLATES[name]
         shutil.copytree(backbone_dir("llama"), tmp_path, dirs_exist_ok=True)
         tokenizer = decoder_tokenizer()
         if name != "none":
             tokenizer.chat_template = f"{{% for message in messages %}}{marker}{{{{ message.content }}}}{{% endfor %}}"
         tokenizer.save_pretrained(tmp_path)
         model = Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir("bert"), str(tmp_path))
-        assert (model.config.prompt_head, model.config.prompt_tail) == (prompt_head, prompt_tail)
-        assert (model.processor.prompt_head, model.processor.prompt_tail) == (prompt_head, prompt_tail)
+        assert (model.config.template_prefix, model.config.template_suffix) == (template_prefix, template_suffix)
+        assert (model.processor.template_prefix, model.processor.template_suffix) == (template_prefix, template_suffix)
         row = model.processor.tokenizer.decode(model.processor("hi", instruction="Find it")["input_ids"][0])
-        assert row == f"<s>{prompt_head}Find it<|contextual|>hi{prompt_tail}</s>"
+        assert row == f"<s>{template_prefix}Find it<|contextual|>hi{template_suffix}</s>"
 
     def test_the_caller_overrides_the_template(self, backbone_dir, tmp_path):
         shutil.copytree(backbone_dir("llama"), tmp_path, dirs_exist_ok=True)
@@ -859,11 +859,11 @@ class TestJoining:
         tokenizer.chat_template = "[INST] {{ messages[0].content }} [/INST]"
         tokenizer.save_pretrained(tmp_path)
         model = Causal2VecModel.from_encoder_decoder_pretrained(
-            backbone_dir("bert"), str(tmp_path), prompt_head="Q: ", prompt_tail=" A:"
+            backbone_dir("bert"), str(tmp_path), template_prefix="Q: ", template_suffix=" A:"
         )
-        assert (model.config.prompt_head, model.config.prompt_tail) == ("Q: ", " A:")
+        assert (model.config.template_prefix, model.config.template_suffix) == ("Q: ", " A:")
         bare = Causal2VecModel.from_encoder_decoder_pretrained(
-            backbone_dir("bert"), str(tmp_path), prompt_head="", prompt_tail=""
+            backbone_dir("bert"), str(tmp_path), template_prefix="", template_suffix=""
         )
         assert bare.processor("hi")["input_ids"].tolist() == [[1, 320, 286, 2]]
 

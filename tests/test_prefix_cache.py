@@ -1,4 +1,4 @@
-"""prefix_cache.py: sharing a head changes the time and nothing else."""
+"""prefix_cache.py: sharing a prefix changes the time and nothing else."""
 
 import copy
 import logging
@@ -90,12 +90,12 @@ class TestEqualsThePlainPath:
     @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
     def test_the_window_is_shorter_than_the_head(self, family, make_model):
         model = make_model(family)
-        head_ids = model.processor.encode_prefix(INSTRUCTION)
-        head = compute_prefix(model.decoder, head_ids)
-        windows = [layer.sliding_window for layer in head.layers]
-        assert 8 in windows and len(head_ids) > 8
-        kept = [layer.keys.shape[-2] for layer in head.layers]
-        assert kept == [len(head_ids) if window is None else window - 1 for window in windows]
+        prefix_ids = model.processor.encode_prefix(INSTRUCTION)
+        prefix = compute_prefix(model.decoder, prefix_ids)
+        windows = [layer.sliding_window for layer in prefix.layers]
+        assert 8 in windows and len(prefix_ids) > 8
+        kept = [layer.keys.shape[-2] for layer in prefix.layers]
+        assert kept == [len(prefix_ids) if window is None else window - 1 for window in windows]
 
     def test_each_large_group_of_texts_has_its_prefix(self, model):
         """Texts whose instruction is rare are read in whole rows, together."""
@@ -153,9 +153,9 @@ class TestWhatIsSaved:
     def test_rows_of_one_head_share_its_memory(self, model):
         from prefix_cache import expand_prefix
 
-        head = compute_prefix(model.decoder, model.processor.encode_prefix(INSTRUCTION))
-        expanded = expand_prefix(head, 5)
-        for layer, own in zip(expanded.layers, head.layers):
+        prefix = compute_prefix(model.decoder, model.processor.encode_prefix(INSTRUCTION))
+        expanded = expand_prefix(prefix, 5)
+        for layer, own in zip(expanded.layers, prefix.layers):
             assert layer.keys.shape[0] == 5
             assert layer.keys.data_ptr() == own.keys.data_ptr()
 
@@ -341,18 +341,18 @@ class TestBounds:
             assert model.prefix_cache.nbytes <= 2.5 * one
         assert len(model.prefix_cache) == 2
         model.prefix_cache.max_bytes = one // 2
-        model.encode(TEXTS, instruction="too large a head to keep, but one to share in this batch")
+        model.encode(TEXTS, instruction="too large a prefix to keep, but one to share in this batch")
         assert len(model.prefix_cache) == 0
 
     def test_the_least_recently_used_goes_first(self):
         cache = PrefixCache(max_entries=2)
-        head = SharedPrefix(1, ())
+        prefix = SharedPrefix(1, ())
         for ids in ((1,), (2,)):
             assert cache.get(ids, ("weights",)) is None
-            cache.put(ids, ("weights",), head)
-        assert cache.get((1,), ("weights",)) is head
-        cache.put((3,), ("weights",), head)
-        assert [cache.get((i,), ("weights",)) is head for i in (1, 2, 3)] == [True, False, True]
+            cache.put(ids, ("weights",), prefix)
+        assert cache.get((1,), ("weights",)) is prefix
+        cache.put((3,), ("weights",), prefix)
+        assert [cache.get((i,), ("weights",)) is prefix for i in (1, 2, 3)] == [True, False, True]
 
     def test_what_other_weights_left_is_not_kept(self):
         cache = PrefixCache()
@@ -392,7 +392,7 @@ class TestOnItsWay:
         for thread in threads:
             thread.join()
         assert len(worst) == 20 and max(worst) <= 1e-5
-        assert len(model.prefix_cache) == 2 and model.prefix_cache.hits >= 8  # two heads are long enough to keep
+        assert len(model.prefix_cache) == 2 and model.prefix_cache.hits >= 8  # two prefixes are long enough to keep
 
 
 class TestDecodersThatCannot:

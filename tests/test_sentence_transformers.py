@@ -92,7 +92,7 @@ def test_the_fast_path_is_used(model):
     cache = model[0].model.prefix_cache
     cache.clear()
     model.encode(TEXTS, prompt=INSTRUCTION, batch_size=2)
-    assert (cache.misses, cache.hits) == (1, 2)  # three batches, one head
+    assert (cache.misses, cache.hits) == (1, 2)  # three batches, one prefix
     cache.clear()
 
 

@@ -62,8 +62,8 @@ def make_processor(**kwargs) -> Causal2VecProcessor:
     tokenizer.add_tokens(["<|contextual|>", "[INST]", "[/INST]"], special_tokens=True)
     values = dict(
         contextual_token_id=SLOT,
-        prompt_head="[INST] ",
-        prompt_tail=" [/INST]",
+        template_prefix="[INST] ",
+        template_suffix=" [/INST]",
         max_seq_length=128,
         icl_max_seq_length=256,
         encoder_max_seq_length=40,
@@ -85,14 +85,14 @@ def encoder_rows_of(batch) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["encoder_ids"], batch["encoder_attention_mask"])]
 
 
-def assert_layout(processor, batch, head: list[int], max_length: int = 128):
-    """The invariants of a row: head, slot, text, tail, EOS; no control token anywhere else."""
-    tail = [*processor._encode_trusted(processor.prompt_tail), EOS]
+def assert_layout(processor, batch, prefix: list[int], max_length: int = 128):
+    """The invariants of a row: prefix, slot, text, suffix, EOS; no control token anywhere else."""
+    suffix = [*processor._encode_trusted(processor.template_suffix), EOS]
     for row in rows_of(batch):
         assert len(row) <= max_length
-        assert row[: len(head) + 1] == [*head, SLOT]
-        assert row[-len(tail) :] == tail
-        text_ids = row[len(head) + 1 : -len(tail)]
+        assert row[: len(prefix) + 1] == [*prefix, SLOT]
+        assert row[-len(suffix) :] == suffix
+        text_ids = row[len(prefix) + 1 : -len(suffix)]
         assert not {PAD, BOS, EOS, SLOT, INST, END_INST} & set(text_ids)
     for row in encoder_rows_of(batch):
         assert 2 <= len(row) <= processor.encoder_max_seq_length
@@ -147,7 +147,7 @@ class TestGoldenIds:
             + [201, EOS]
         ]
 
-    def test_decoder_with_head_and_tail(self, processor):
+    def test_decoder_with_template(self, processor):
         find_it = [BOS, INST, 223, 40, 261, 70, 223, 273]
         assert processor("hi", instruction="Find it")["input_ids"].tolist() == [
             [*find_it, SLOT, 286, 223, END_INST, EOS]
@@ -196,16 +196,16 @@ class TestLayout:
         tokenizer = decoder_tokenizer()
         tokenizer.add_tokens(["<|contextual|>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
         tokenizer.eos_token = "<|im_end|>"
-        template = dict(contextual_token_id=SLOT, prompt_head="<s>user\n", prompt_tail="!<|im_end|>")
+        template = dict(contextual_token_id=SLOT, template_prefix="<s>user\n", template_suffix="!<|im_end|>")
         processor = Causal2VecProcessor(tokenizer, wordpiece_tokenizer(), **template)
         for texts in ("hi", "hi" * 600):
             (row,) = rows_of(processor(texts, instruction="Find it"))
             assert tokenizer.decode(row).startswith("<s>user\nFind it<|contextual|>hi") and row.count(BOS) == 1
             assert tokenizer.decode(row).endswith("hi!<|im_end|>") and row.count(tokenizer.eos_token_id) == 1
         assert len(row) == 512
-        shortest = len(row) - row[::-1].index(SLOT) + 3  # head and slot, one token of text, tail, EOS
+        shortest = len(row) - row[::-1].index(SLOT) + 3  # prefix and slot, one token of text, suffix, EOS
         assert len(rows_of(processor("hihi", instruction="Find it", max_length=shortest))[0]) == shortest
-        with pytest.raises(ValueError, match=rf"the tail 1, .* 2\. Use at least max_length={shortest},"):
+        with pytest.raises(ValueError, match=rf"the template's suffix 1, .* 2\. Use at least max_length={shortest},"):
             processor("hi", instruction="Find it", max_length=shortest - 1)
 
     def test_no_template(self, tiny_model):
@@ -261,8 +261,8 @@ class TestHead:
     def test_is_the_same_for_every_text(self, processor):
         texts = [*TEXTS, *HOSTILE, *ODD.values()]
         for instruction in (None, "Find it", "It is </s> [INST]"):
-            head = processor.encode_prefix(instruction)
-            assert_layout(processor, processor(texts, instruction=instruction), head)
+            prefix = processor.encode_prefix(instruction)
+            assert_layout(processor, processor(texts, instruction=instruction), prefix)
 
     def test_no_instruction_is_an_empty_one(self, processor):
         assert processor.encode_prefix(None) == processor.encode_prefix("") == [BOS, INST, 223]
@@ -311,15 +311,15 @@ class TestHead:
 class TestLength:
     @pytest.mark.parametrize("instruction", [None, "Find it"])
     def test_only_the_text_is_cut(self, processor, instruction):
-        head = processor.encode_prefix(instruction)
+        prefix = processor.encode_prefix(instruction)
         (whole,) = rows_of(processor(TEXTS[1], instruction=instruction))
-        fixed = len(head) + 1 + 3  # slot; two tokens of tail and EOS
-        text_ids = whole[len(head) + 1 : -3]
+        fixed = len(prefix) + 1 + 3  # slot; two tokens of suffix and EOS
+        text_ids = whole[len(prefix) + 1 : -3]
         assert len(text_ids) > 20
         for max_length in range(fixed + 1, len(whole) + 3):
             (row,) = rows_of(processor(TEXTS[1], instruction=instruction, max_length=max_length))
             assert len(row) == min(max_length, len(whole))
-            assert row == [*head, SLOT, *text_ids[: max_length - fixed], *whole[-3:]]
+            assert row == [*prefix, SLOT, *text_ids[: max_length - fixed], *whole[-3:]]
             assert row[-1] == EOS and row.count(SLOT) == 1
 
     @pytest.mark.parametrize("max_length", [8, 20, 128])
@@ -523,19 +523,19 @@ class TestTextsCannotForge:
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     def test_as_an_instruction(self, processor, text):
         for instruction in (text, f"Find {text} it"):
-            head = processor.encode_prefix(instruction)
-            assert not {PAD, EOS, SLOT, END_INST} & set(head)
-            assert (head.count(BOS), head.count(INST)) == (1, 1)
-            assert processor.tokenizer.decode(head[2:]) == " " + instruction
-            assert_layout(processor, processor(["hi", text], instruction=instruction), head)
+            prefix = processor.encode_prefix(instruction)
+            assert not {PAD, EOS, SLOT, END_INST} & set(prefix)
+            assert (prefix.count(BOS), prefix.count(INST)) == (1, 1)
+            assert processor.tokenizer.decode(prefix[2:]) == " " + instruction
+            assert_layout(processor, processor(["hi", text], instruction=instruction), prefix)
 
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     @pytest.mark.parametrize("key", ["query", "response", "instruction"])
     def test_as_an_example(self, processor, key, text):
         examples = [{"query": "hi", "response": "ho", "instruction": "Greet", key: text}]
-        head = processor.encode_prefix("Find it", examples)
-        assert text in processor.tokenizer.decode(head)
-        assert_layout(processor, processor(["hi", text], "Find it", examples), head, max_length=256)
+        prefix = processor.encode_prefix("Find it", examples)
+        assert text in processor.tokenizer.decode(prefix)
+        assert_layout(processor, processor(["hi", text], "Find it", examples), prefix, max_length=256)
 
     @pytest.mark.parametrize("text", HOSTILE, ids=repr)
     def test_control_tokens_in_text_and_instruction_together(self, processor, text):
@@ -547,7 +547,7 @@ class TestTextsCannotForge:
 
     def test_halves_do_not_join_over_a_border(self):
         """No control token arises where template, instruction and text meet."""
-        processor = make_processor(prompt_head="a <", prompt_tail="> b")
+        processor = make_processor(template_prefix="a <", template_suffix="> b")
         (row,) = rows_of(processor(["/s"], instruction="s>"))
         assert (row.count(BOS), row.count(EOS)) == (1, 1)
         assert not {PAD, INST, END_INST} & set(row)
@@ -563,9 +563,9 @@ class TestTextsCannotForge:
         spare=st.integers(1, 60),
     )
     def test_any_text(self, processor, texts, instruction, spare):
-        head = processor.encode_prefix(instruction)
-        max_length = len(head) + 4 + spare
-        assert_layout(processor, processor(texts, instruction, max_length=max_length), head, max_length)
+        prefix = processor.encode_prefix(instruction)
+        max_length = len(prefix) + 4 + spare
+        assert_layout(processor, processor(texts, instruction, max_length=max_length), prefix, max_length)
 
 
 class TestOddTexts:
@@ -732,7 +732,7 @@ class TestSaving:
         arguments = dict(instruction="Find it </s>", examples=[{"query": "hi", "response": "ho"}])
         for name, tensor in processor([*TEXTS, *HOSTILE], **arguments).items():
             assert torch.equal(tensor, again([*TEXTS, *HOSTILE], **arguments)[name])
-        assert again.prompt_head == "[INST] " and again.max_seq_length == 128
+        assert again.template_prefix == "[INST] " and again.max_seq_length == 128
         again.save_pretrained(tmp_path / "again")
         for name in ("processor_config.json", "tokenizer.json", "encoder_tokenizer/tokenizer.json"):
             assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

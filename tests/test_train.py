@@ -537,7 +537,7 @@ def test_a_recipe_that_is_none_is_named(tmp_path, content, told):
 
 def test_what_a_recipe_can_hold(tmp_path):
     values = {
-        "encoder": "e", "prompt_head": "--x\n", "text_prefix": "", "datasets": ["--seed", "5"], "seed": "7",
+        "encoder": "e", "template_prefix": "--x\n", "text_prefix": "", "datasets": ["--seed", "5"], "seed": "7",
         "matryoshka_dims": [16, 8], "learning_rate": 1e-5, "gradcache": True, "use_cpu": True,
         "save_total_limit": None, "lr_scheduler_kwargs": {"a": 1}, "report_to": ["none"], "lr_scheduler_type": "cosine",
     }  # fmt: skip

@@ -68,7 +68,7 @@ class TestConfiguration:
             ({"projector_hidden_act": "os.system"}, "`projector_hidden_act` must be one of"),
             ({"contextual_token_id": 10**6}, "`contextual_token_id` must lie in the decoder's vocabulary"),
             ({"contextual_token_id": -1}, "`contextual_token_id` must lie in the decoder's vocabulary"),
-            ({"prompt_head": None}, "`prompt_head` must be str"),
+            ({"template_prefix": None}, "`template_prefix` must be str"),
             ({"pooling": "sum"}, "`pooling` must be one of 'concat'"),
             ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
             ({"num_contextual_tokens": 2}, "such as .*projector.queries"),

@@ -24,7 +24,7 @@ VARIANTS = {
     "average": {"pooling": "average"},
     "eos": {"pooling": "eos"},
     "eos_encoder": {"pooling": "eos_encoder"},
-    "before": {"contextual_position": "before_instruction", "prompt_head": "[INST] ", "prompt_tail": " [/INST]"},
+    "before": {"contextual_position": "before_instruction", "template_prefix": "[INST] ", "template_suffix": " [/INST]"},
     "two": {"num_contextual_tokens": 2},
     "eight": {"num_contextual_tokens": 8, "pooling": "average"},
     "bidirectional": {"bidirectional": True},
@@ -254,19 +254,19 @@ class TestRows:
         model, default = variants("before"), variants("concat")
         slot, tokenizer = model.config.contextual_token_id, default.processor.tokenizer
         row = model.processor("hi", INSTRUCTION, EXAMPLES)["input_ids"][0].tolist()
-        head = tokenizer("[INST] ", add_special_tokens=False)["input_ids"]
-        assert row[: len(head) + 2] == [1, *head, slot]
+        prefix = tokenizer("[INST] ", add_special_tokens=False)["input_ids"]
+        assert row[: len(prefix) + 2] == [1, *prefix, slot]
         user = f"<instruct>{INSTRUCTION}\n<query>what is it\n<response>a thing\n\n{INSTRUCTION}"
         pieces = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (user, "hi", " [/INST]"))
-        assert row[len(head) + 2 :] == [*(i for ids in pieces for i in ids), 2]
+        assert row[len(prefix) + 2 :] == [*(i for ids in pieces for i in ids), 2]
 
     def test_slots_stand_next_to_each_other_and_text_is_cut(self, variants):
         model = variants("eight")
         row = model.processor("word " * 50, "Find", max_length=30)["input_ids"][0].tolist()
-        head = model.processor.encode_prefix("Find")
+        prefix = model.processor.encode_prefix("Find")
         assert len(row) == 30 and row[-1] == 2
-        assert row[: len(head) + 8] == [*head, *[model.config.contextual_token_id] * 8]
-        with pytest.raises(ValueError, match=f"Use at least max_length={len(head) + 10}"):
+        assert row[: len(prefix) + 8] == [*prefix, *[model.config.contextual_token_id] * 8]
+        with pytest.raises(ValueError, match=f"Use at least max_length={len(prefix) + 10}"):
             model.processor("word", "Find", max_length=10)
 
     def test_as_many_slots_as_tokens(self, variants):

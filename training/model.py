@@ -24,7 +24,7 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     if any(backbones) if args.model is not None else None in backbones:
         raise ValueError("Give either --model, or both --encoder and --decoder.")
     names = ("baseline", "pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
-    names += ("prompt_head", "prompt_tail", "query_instruction", "text_prefix")
+    names += ("template_prefix", "template_suffix", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
     changed = [name for name in (*names, "decoder_gguf_file") if getattr(args, name) not in (None, False, "")]
     if args.model is not None and changed:
