@@ -353,7 +353,9 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
     assert 0 < len(fitting) < 20 and fitting == examples[: len(fitting)]
     limit = encoder.backend.model.config.icl_max_seq_length
     prefix = encoder.backend.model.processor.encode_prefix
-    assert len(prefix(instruction, fitting)) <= limit - limit // 4 < len(prefix(instruction, examples[: len(fitting) + 1]))
+    assert (
+        len(prefix(instruction, fitting)) <= limit - limit // 4 < len(prefix(instruction, examples[: len(fitting) + 1]))
+    )
     record = run_task(task, encoder, tmp_path / "out", result_cache(tmp_path / "out"))
     assert record["examples"]["text"]["count"] == len(fitting) and record["examples"]["text"]["of"] == 20
     assert f"STS16, text: only {len(fitting)} of 20 examples leave room" in capsys.readouterr().err
