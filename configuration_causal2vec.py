@@ -7,7 +7,7 @@ an error that says what would work.
 import copy
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
         f"Causal2Vec needs transformers 5.17 or newer, got {transformers.__version__}: pip install -U transformers"
     )
 
+from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
@@ -79,6 +80,7 @@ BASELINES = ("last_token", "embedding_concat", "token_prepending")
 WITHOUT_ENCODER = ("last_token", "token_prepending")  # those that are the decoder alone
 
 
+@strict
 class Causal2VecConfig(PreTrainedConfig):
     """
     Configuration of a [`Causal2VecModel`].
@@ -129,7 +131,7 @@ class Causal2VecConfig(PreTrainedConfig):
             (Table 2), `"embedding_concat"` (Table 4) or `"token_prepending"` (Table 6). Their pooling is their own.
 
     Raises:
-        TypeError: a value has the wrong type.
+        StrictDataclassFieldValidationError: a value has the wrong type, or is none of a field's choices.
         ValueError: a value cannot work with the two backbones.
 
     Example:
@@ -159,11 +161,11 @@ class Causal2VecConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "gelu"
     projector_bias: bool = True
-    pooling: str = "concat"
-    contextual_position: str = "after_instruction"
+    pooling: Literal["concat", "average", "eos", "eos_encoder"] = "concat"
+    contextual_position: Literal["after_instruction", "before_instruction"] = "after_instruction"
     num_contextual_tokens: int = 1
     bidirectional: bool = False
-    baseline: str | None = None
+    baseline: Literal[BASELINES] | None = None
 
     def __post_init__(self, **kwargs):
         for part, values in (
@@ -176,7 +178,6 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"`_attn_implementation_internal` is not accepted from a configuration{part and f' ({part})'}; pass "
                     "`attn_implementation=` to `from_pretrained` instead."
                 )
-        _check_choices(self)
         if self.has_encoder:
             self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
         elif self.encoder_config is not None:
@@ -191,9 +192,13 @@ class Causal2VecConfig(PreTrainedConfig):
         for name in unknown:
             vars(self).pop(name, None)
         if unknown:
-            logger.warning("%s has no %s: ignored. Its fields are %s.", type(self).__name__, unknown, sorted(_TYPES))
+            logger.warning(
+                "%s has no %s: ignored. Its fields are %s.",
+                type(self).__name__,
+                unknown,
+                sorted(type(self).__annotations__),
+            )
 
-        _check_types(self)
         decoder = self.decoder_config.get_text_config()
         if self.hidden_size is None:
             self.hidden_size = decoder.hidden_size
@@ -286,12 +291,6 @@ _MINIMUM = {
     "projector_hidden_size": 1,
 }
 
-_CHOICES = {
-    "pooling": ("concat", "average", "eos", "eos_encoder"),
-    "contextual_position": ("after_instruction", "before_instruction"),
-    "baseline": (None, *BASELINES),
-}
-
 # Attributes that transformers and its Trainer set on configurations, and so find again in config.json.
 _OF_TRANSFORMERS = {
     "auto_map",
@@ -306,41 +305,6 @@ _OF_TRANSFORMERS = {
     "tie_word_embeddings",
     "use_cache",
 }
-
-_TYPES = {
-    "contextual_token_id": int,
-    "template_prefix": str,
-    "template_suffix": str,
-    "text_prefix": str,
-    "query_instruction": (str, type(None)),
-    "hidden_size": (int, type(None)),
-    "max_seq_length": int,
-    "icl_max_seq_length": int,
-    "encoder_max_seq_length": int,
-    "projector_hidden_size": (int, type(None)),
-    "projector_hidden_act": str,
-    "projector_bias": bool,
-    "pooling": str,
-    "contextual_position": str,
-    "num_contextual_tokens": int,
-    "bidirectional": bool,
-    "baseline": (str, type(None)),
-}
-
-
-def _check_types(config: Causal2VecConfig) -> None:
-    for name, expected in _TYPES.items():
-        value = getattr(config, name)
-        is_bool_for_int = isinstance(value, bool) and expected is not bool  # bool is a subclass of int
-        if not isinstance(value, expected) or is_bool_for_int:
-            names = [t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))]
-            raise TypeError(f"`{name}` must be {' or '.join(names)}, got {type(value).__name__}: {value!r}.")
-
-
-def _check_choices(config: Causal2VecConfig) -> None:
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(config, name)!r}.")
 
 
 def _check_combinations(config: Causal2VecConfig) -> None:
@@ -370,8 +334,6 @@ def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: str) 
         return AutoConfig.for_model(default)
     if isinstance(value, PreTrainedConfig):
         config = copy.deepcopy(value)  # ours to change: transformers resets its attention and dtype
-    elif not isinstance(value, dict):
-        raise TypeError(f"`{name}` must be a configuration or a dict, got {type(value).__name__}.")
     elif "model_type" not in value:
         raise ValueError(f"`{name}` needs a `model_type` that AutoModel knows, got keys {sorted(value)}.")
     elif value["model_type"] not in CONFIG_MAPPING:

@@ -261,7 +261,9 @@ class PretrainedMixin:
         if len(tokenizer) > decoder_model.get_input_embeddings().num_embeddings:
             decoder_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if "template_prefix" not in config_kwargs and "template_suffix" not in config_kwargs:
-            config_kwargs["template_prefix"], config_kwargs["template_suffix"] = find_prompt_template(tokenizer.chat_template)
+            config_kwargs["template_prefix"], config_kwargs["template_suffix"] = find_prompt_template(
+                tokenizer.chat_template
+            )
         for name, backbone in (
             ("max_seq_length", decoder_model),
             ("icl_max_seq_length", decoder_model),

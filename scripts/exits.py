@@ -4,11 +4,16 @@ import os
 import sys
 from collections.abc import Callable
 
+from huggingface_hub.errors import StrictDataclassError
+
+
+TOLD = (OSError, ValueError, StrictDataclassError)  # what the code of this repository raises for its users
+
 
 def exit_code(
     name: str,
     job: Callable[[], object],
-    told: tuple[type[Exception], ...] = (OSError, ValueError),
+    told: tuple[type[Exception], ...] = TOLD,
     one_line: bool = True,
 ) -> int:
     """

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
 from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights
-from scripts.exits import exit_code
+from scripts.exits import TOLD, exit_code
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".npz", ".pyc")
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--message", default="Upload Causal2Vec model", help="the commit's message")
     parser.add_argument("--max_gb", type=float, default=5.0, help="largest file in GB (default: 5)")
     args = parser.parse_args(argv)
-    told = (OSError, ValueError, RuntimeError)  # what this script and huggingface_hub raise for users
+    told = (*TOLD, RuntimeError)  # which huggingface_hub raises
     return exit_code("push_to_hub", lambda: check_and_push(args), told, one_line=False)
 
 

@@ -25,9 +25,10 @@ from eval_packs import (
 
 import eval_mteb
 from evaluation.encoder import Examples, Instructions, Noise
-from evaluation.identity import CODE, folder_identity, load_for_mteb, locate
+from evaluation.identity import folder_identity, load_for_mteb, locate
 from evaluation.report import load_paper, read_run
 from evaluation.run import result_cache, run, run_task
+from saving_utils import VECTOR_CODE
 
 
 mteb = pytest.importorskip("mteb")
@@ -353,7 +354,9 @@ def test_examples_that_leave_no_room_for_text_are_left_out_and_counted(checkpoin
     assert 0 < len(fitting) < 20 and fitting == examples[: len(fitting)]
     limit = encoder.backend.model.config.icl_max_seq_length
     prefix = encoder.backend.model.processor.encode_prefix
-    assert len(prefix(instruction, fitting)) <= limit - limit // 4 < len(prefix(instruction, examples[: len(fitting) + 1]))
+    assert (
+        len(prefix(instruction, fitting)) <= limit - limit // 4 < len(prefix(instruction, examples[: len(fitting) + 1]))
+    )
     record = run_task(task, encoder, tmp_path / "out", result_cache(tmp_path / "out"))
     assert record["examples"]["text"]["count"] == len(fitting) and record["examples"]["text"]["of"] == 20
     assert f"STS16, text: only {len(fitting)} of 20 examples leave room" in capsys.readouterr().err
@@ -480,7 +483,7 @@ def test_identity_is_of_weights_configuration_tokenizers_and_code(checkpoint, tm
 
     code = tmp_path / "code"
     code.mkdir()
-    for name in CODE:
+    for name in VECTOR_CODE:
         shutil.copy(ROOT / name, code)
     monkeypatch.setattr("evaluation.identity.ROOT", code)
     file = code / "modeling_causal2vec.py"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from test_configuration import make_config
 from transformers import AutoModel, AutoProcessor
 
@@ -24,7 +25,11 @@ VARIANTS = {
     "average": {"pooling": "average"},
     "eos": {"pooling": "eos"},
     "eos_encoder": {"pooling": "eos_encoder"},
-    "before": {"contextual_position": "before_instruction", "template_prefix": "[INST] ", "template_suffix": " [/INST]"},
+    "before": {
+        "contextual_position": "before_instruction",
+        "template_prefix": "[INST] ",
+        "template_suffix": " [/INST]",
+    },
     "two": {"num_contextual_tokens": 2},
     "eight": {"num_contextual_tokens": 8, "pooling": "average"},
     "bidirectional": {"bidirectional": True},
@@ -393,13 +398,13 @@ class TestTokenPrepending:
 @pytest.mark.parametrize(
     "values, match",
     [
-        ({"pooling": "mean"}, "`pooling` must be one of 'concat', 'average', 'eos', 'eos_encoder', got 'mean'"),
-        ({"contextual_position": "last"}, "`contextual_position` must be one of 'after_instruction'"),
+        ({"pooling": "mean"}, "'pooling' expected one of .*'eos_encoder'.*mean"),
+        ({"contextual_position": "last"}, "'contextual_position' expected one of"),
         ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
-        ({"num_contextual_tokens": 2.0}, "`num_contextual_tokens` must be int"),
+        ({"num_contextual_tokens": 2.0}, "'num_contextual_tokens' expected int"),
         ({"num_contextual_tokens": 8, "max_seq_length": 9}, "`max_seq_length` must be at least 10"),
-        ({"bidirectional": "yes"}, "`bidirectional` must be bool"),
-        ({"baseline": "echo"}, "`baseline` must be one of None, 'last_token'"),
+        ({"bidirectional": "yes"}, "'bidirectional' expected bool"),
+        ({"baseline": "echo"}, "'baseline' expected one of .*'last_token'"),
         ({"pooling": "eos_encoder", "num_contextual_tokens": 2}, "needs `num_contextual_tokens=1`"),
         ({"baseline": "embedding_concat", "pooling": "eos"}, "`pooling` must be 'concat' for the baseline"),
         ({"baseline": "embedding_concat", "num_contextual_tokens": 2}, "it has no Contextual token"),
@@ -412,7 +417,7 @@ class TestTokenPrepending:
     ],
 )
 def test_what_cannot_be_combined(values, match):
-    with pytest.raises((ValueError, TypeError), match=match):
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=match):
         make_config(**values)
 
 

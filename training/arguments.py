@@ -51,7 +51,9 @@ class ModelArguments:
     template_prefix: str | None = field(
         default=None, metadata={"help": "Template before the instruction. Default: the decoder's."}
     )
-    template_suffix: str | None = field(default=None, metadata={"help": "Template after the text. Default: the decoder's."})
+    template_suffix: str | None = field(
+        default=None, metadata={"help": "Template after the text. Default: the decoder's."}
+    )
     text_prefix: str = field(default="", metadata={"help": "What the encoder expects before every text."})
     query_instruction: str | None = field(default=None, metadata={"help": "encode_query's default instruction."})
     max_seq_length: int | None = field(
