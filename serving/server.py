@@ -388,7 +388,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((host, port, *address[2:]))  # getaddrinfo takes a port modulo 65536
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"Cannot listen at {host}, port {port}: {error}. Choose others with --host, --port."
