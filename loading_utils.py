@@ -23,6 +23,7 @@ try:
         holds_weights,
         new_files,
         push_to_hub,
+        read_json,
         refresh_hashes,
         resolve_base,
         write_plain_card,
@@ -38,6 +39,7 @@ except ImportError:
         holds_weights,
         new_files,
         push_to_hub,
+        read_json,
         refresh_hashes,
         resolve_base,
         write_plain_card,
@@ -298,7 +300,7 @@ def _find_adapter(source, hub_kwargs: dict) -> tuple[str, bool] | None:
         file = cached_file(source, "adapter_config.json", **hub_kwargs)
     except OSError:
         return None
-    named = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = read_json(file).get("base_model_name_or_path")
     folder = Path(source, hub_kwargs.get("subfolder", ""))
     base = resolve_base(named, folder)
     if any(_has(source, name, hub_kwargs) for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -323,7 +325,7 @@ def _is_same(base: str, folder: Path) -> bool:
 
 def _name_base(config: Path, folder: Path) -> str | None:
     """Makes a local base in adapter_config.json relative to the folder that the adapter goes to; returns the base."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     base = values["base_model_name_or_path"]
     if base and Path(base).is_dir():
         base = values["base_model_name_or_path"] = Path(

@@ -103,7 +103,7 @@ def check_adapter_base(folder: str | Path) -> None:
     """Raises ValueError for a folder with an adapter that others could not load: its base must be on the Hub."""
     config = Path(folder, "adapter_config.json")
     if config.is_file():
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(config).get("base_model_name_or_path")
         if not is_hub_id(base):
             raise ValueError(
                 f"adapter_config.json names the base {base!r}, which nobody else has. Push the base first and write its id "
@@ -265,6 +265,32 @@ def code_hashes(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each shipped Python file that the folder has."""
     paths = [Path(folder, name) for name in SHIPPED_CODE]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+
+
+def read_json(path: str | Path):
+    """
+    The contents of a JSON file, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON; the message holds file, line and column.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (RecursionError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line}: {json_fault(error)}.") from None
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with JSON that Python did not read."""
+    match error:
+        case UnicodeDecodeError():
+            return f"invalid UTF-8 at byte {error.start}"
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg} at column {error.colno}"
+        case RecursionError():
+            return "nested too deep"
+    return f"not JSON: {error}"  # an integer of 5,000 digits
 
 
 def write_json(path: str | Path, value) -> None:

@@ -12,6 +12,7 @@ ablations, several Contextual tokens have as many slots next to each other, and 
 `[template_prefix] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -329,49 +330,20 @@ class Causal2VecProcessor(ProcessorMixin):
 class DecoderProcessor(Causal2VecProcessor):
     """[`Causal2VecProcessor`] without the encoder's tokenizer: `input_ids` and `attention_mask` alone."""
 
-    def __init__(
-        self,
-        tokenizer,
-        contextual_token_id: int = 0,
-        template_prefix: str = "",
-        template_suffix: str = "",
-        text_prefix: str = "",
-        max_seq_length: int = 512,
-        icl_max_seq_length: int = 2048,
-        encoder_max_seq_length: int = 512,
-        contextual_position: str = "after_instruction",
-        num_slots: int = 0,
-    ):
-        super().__init__(
-            tokenizer,
-            None,
-            contextual_token_id,
-            template_prefix,
-            template_suffix,
-            text_prefix,
-            max_seq_length,
-            icl_max_seq_length,
-            encoder_max_seq_length,
-            contextual_position,
-            num_slots,
-        )
+    def __init__(self, tokenizer, **settings):
+        super().__init__(tokenizer, None, **settings)
 
+
+# transformers saves, and loads, what the signature of `__init__` names.
+_signature = inspect.signature(Causal2VecProcessor.__init__)
+PROCESSOR_SETTINGS = tuple(_signature.parameters)[3:]  # behind self and the two tokenizers
+DecoderProcessor.__init__.__signature__ = _signature.replace(
+    parameters=[parameter for name, parameter in _signature.parameters.items() if name != "encoder_tokenizer"]
+)
 
 CHUNK = 1024  # texts that `towers_cut` tokenizes at a time
 CHARS_PER_TOKEN = 8  # of a long text; so many characters nearly always hold as many tokens as are read, or more
 UNSETTLED = 4  # last words of a text's beginning whose tokens may depend on what follows
-
-PROCESSOR_SETTINGS = (
-    "contextual_token_id",
-    "template_prefix",
-    "template_suffix",
-    "text_prefix",
-    "max_seq_length",
-    "icl_max_seq_length",
-    "encoder_max_seq_length",
-    "contextual_position",
-    "num_slots",
-)
 
 
 def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder: str = "", **hub_kwargs):

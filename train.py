@@ -70,6 +70,7 @@ def run(
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base", args, resuming=checkpoint is not None)
+    loss = InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size)
     model = choose_parameters(base, model_args)
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
@@ -112,7 +113,7 @@ def run(
         train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
-        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size),
+        loss=loss,
         sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+from saving_utils import read_json
+
 
 CHUNK = 4096  # texts between which progress is told and vectors are kept
 
@@ -388,14 +390,6 @@ def start_processes() -> str | None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
     device = default_device().type
     return None if device == "cpu" else f"{device}:{os.environ['LOCAL_RANK']}"
-
-
-def read_json(file: str | Path):
-    """Raises ValueError that names the file when it is not JSON."""
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
 
 def log(message: str) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from evaluation.encoder import Causal2VecBackend, Instructions, MTEBEncoder, SentenceTransformerBackend, read_json
-from saving_utils import holds_weights, resolve_base
+from evaluation.encoder import Causal2VecBackend, Instructions, MTEBEncoder, SentenceTransformerBackend
+from saving_utils import holds_weights, read_json, resolve_base
 
 
 ROOT = Path(__file__).resolve().parent.parent

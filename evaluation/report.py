@@ -5,7 +5,6 @@ an incomplete list of tasks says so and over how many, differences are taken ove
 one's own never enter a mean of MTEB's.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.plots import plot_categories, plot_tasks
-from saving_utils import new_files, write_json, write_text
+from saving_utils import new_files, read_json, write_json, write_text
 
 
 PAPER = Path(__file__).resolve().parent / "paper.json"
@@ -22,7 +21,7 @@ TABLE_START, TABLE_END = "<!-- results: start -->", "<!-- results: end -->"
 
 def load_paper() -> dict:
     """The published scores, the 56 tasks by category (`categories`, `tasks`), and MTEB-MINI (`mini`)."""
-    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    paper = read_json(PAPER)
     paper["tasks"] = {task: category for category, tasks in paper["categories"].items() for task in tasks}
     return paper
 
@@ -76,10 +75,10 @@ def read_records(folder: Path) -> tuple[dict, list[dict]]:
     """The settings of an evaluation and what was recorded of each finished task, before or after `export`."""
     files, summary = sorted(folder.glob("records/*.json")), folder / "summary.json"
     if files:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        settings = read_json(folder / "settings.json")
+        records = [read_json(file) for file in files]
     else:
-        exported = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        exported = read_json(summary) if summary.is_file() else {}
         settings, records = exported.get("settings", {}), exported.get("records", [])
     records = [record for record in records if record["finished"]]
     if not records:
@@ -95,7 +94,7 @@ def task_order(task: str, category: str) -> tuple:
 
 def main_score(path: Path, splits: Iterable[str]) -> float:
     """The main score in one of mteb's result files, times 100."""
-    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    scores = read_json(path)["scores"]
     return 100 * fmean(entry["main_score"] for split in splits for entry in scores[split])
 
 

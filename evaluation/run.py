@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from evaluation.encoder import MTEBEncoder, log, ranks, read_json, sha256
+from evaluation.encoder import MTEBEncoder, log, ranks, sha256
 from evaluation.report import read_run, write_summary
-from saving_utils import new_files, write_json
+from saving_utils import new_files, read_json, write_json
 
 
 ROOT = Path(__file__).resolve().parent.parent

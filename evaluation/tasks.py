@@ -18,7 +18,6 @@ that is missing is named before anything runs.
 
 import copy
 import difflib
-import json
 import os
 import random
 import re
@@ -37,6 +36,7 @@ from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from evaluation.local_data import folder_revision, own_cache
 from evaluation.report import load_paper
+from saving_utils import read_json
 
 
 BENCHMARK = "MTEB(eng, v1)"
@@ -224,10 +224,7 @@ def own_task(spec: dict) -> EvalTask:
 
 
 def _read_task_json(file: Path) -> dict:
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    spec = read_json(file)
     missing = [key for key in ("name", "type", "main_score") if not isinstance(spec.get(key), str)]
     if missing:
         raise ValueError(f'{file} lacks {missing}; it needs "name", "type", "main_score" and "instruction".')

@@ -12,7 +12,6 @@ tasks, and differences are taken between runs of the same seed; what was not run
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -22,11 +21,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import eval_mteb
-from evaluation.encoder import Noise, log, read_json
+from evaluation.encoder import Noise, log
 from evaluation.plots import new_figure, save_figure
 from evaluation.report import markdown_table, read_run
 from evaluation.run import environment, run
-from saving_utils import write_json, write_text
+from saving_utils import read_json, write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -412,7 +411,7 @@ def read_runs(output: Path) -> Runs:
     """
     runs: Runs = {}
     for file in sorted((output / "runs").glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         runs.setdefault(record["variant"], {})[record["seed"]] = record
     if not runs:
         raise FileNotFoundError(f"{output} holds no finished run of this study.")

@@ -546,7 +546,7 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         ("large", "6.0 GB are more than 5 GB"),
         ("truncated", "it is cut off"),
         ("header", "no safetensors header"),
-        ("json", "training.json: not JSON (Expecting value"),
+        ("json", "training.json, line 1: not JSON: Expecting value"),
         ("shard", "model.safetensors.index.json names model-00001"),
         ("both", "model.safetensors.index.json does not name model.safetensors"),
         ("adapter", "an adapter beside weights"),

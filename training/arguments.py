@@ -9,8 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_causal2vec import BASELINES
-from saving_utils import is_hub_id
-from training.data import read_json
+from saving_utils import is_hub_id, read_json
 
 
 logger = logging.getLogger(__name__)

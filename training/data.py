@@ -18,10 +18,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from saving_utils import json_fault, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -70,32 +71,6 @@ class DatasetSpec:
 
 class BadRow(ValueError):
     """A row that cannot be trained on; the message holds file, line and reason."""
-
-
-def read_json(path: str | Path):
-    """
-    The contents of a JSON file, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is not JSON; the message holds file, line and column.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (RecursionError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{path}{line}: {_json_fault(error)}.") from None
-
-
-def _json_fault(error: Exception) -> str:
-    """What is wrong with JSON that Python did not read."""
-    match error:
-        case UnicodeDecodeError():
-            return f"invalid UTF-8 at byte {error.start}"
-        case json.JSONDecodeError():
-            return f"not JSON: {error.msg} at column {error.colno}"
-        case RecursionError():
-            return "nested too deep"
-    return f"not JSON: {error}"  # an integer of 5,000 digits
 
 
 def read_data_file(path: str, names: list[str] | None = None) -> list[DatasetSpec]:
@@ -212,7 +187,7 @@ def _parse(row: bytes | dict, where: str) -> dict:
     try:
         return json.loads(row.decode("utf-8"))
     except (RecursionError, ValueError) as error:
-        raise BadRow(f"{where}: {_json_fault(error)}") from None
+        raise BadRow(f"{where}: {json_fault(error)}") from None
 
 
 def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: bool = False):
