@@ -1,12 +1,16 @@
-"""From texts to vectors: batches of texts of like length, and `encode` over them.
+"""From texts to vectors: batches of texts of like length, `encode` over them, and what tells where vectors came from.
 
 Texts are sorted by their length in tokens, longest first, so that rows of a batch hardly differ and too large a batch
 shows at once. Invariant: every text is in exactly one batch, and no vector depends on which.
 """
 
+import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +20,7 @@ from transformers.utils import logging
 try:
     from .loading_utils import position_limit
     from .runtime_utils import device_of
+    from .saving_utils import code_identity
     from .tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -30,6 +35,7 @@ except ImportError:
     # Imported from a clone, where these files are top-level modules.
     from loading_utils import position_limit
     from runtime_utils import device_of
+    from saving_utils import code_identity
     from tokenization_utils import (
         Causal2VecProcessor,
         broadcast_instruction,
@@ -43,6 +49,19 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time
+
+# Of a configuration, what has no part in a vector or is in a fingerprint by itself.
+_NOT_OF_VECTORS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "icl_max_seq_length",
+    "max_seq_length",
+    "query_instruction",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def sorted_batches(
@@ -230,6 +249,59 @@ class EncodeMixin:
         """`encode` without an instruction: documents carry none."""
         return self.encode(texts, **kwargs)
 
+    def fingerprint(
+        self,
+        instruction: str | None = None,
+        *,
+        examples: Sequence[dict] | None = None,
+        max_length: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = True,
+    ) -> dict[str, str | int | bool | None]:
+        """
+        What makes the vectors that `encode` gives for the same arguments, to be kept with them: vectors whose fingerprints
+        are equal can be compared, for any batch size, device or files that the weights were loaded from.
+
+        Returns:
+            `weights`, `config`, `tokenizers`, `code` (SHA-256 of the weights as they are loaded, adapters included, and of
+            what else of a checkpoint has a part in vectors), `instruction`, `examples` (as SHA-256), `max_length`,
+            `dimensions`, `normalized` and `dtype`, all of them fit for JSON. Weights are read once for each of their states.
+
+        Raises:
+            TypeError: `instruction` is not one string.
+            ValueError: an argument cannot work, or weights are not in memory.
+        """
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(
+                f"`instruction` must be a string or None, got {type(instruction).__name__}: one per fingerprint."
+            )
+        dim = self.config.embedding_size if truncate_dim is None else truncate_dim
+        check_truncate_dim(dim, self.config.embedding_size)
+        return {
+            **self._hashes(),
+            "instruction": instruction or None,
+            "examples": _sha256(format_examples(examples, instruction)) if examples else None,
+            "max_length": self.processor.limits(max_length, examples)["decoder"],
+            "dimensions": dim,
+            "normalized": bool(normalize_embeddings),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _hashes(self) -> dict[str, str]:
+        """The part of a fingerprint that is the checkpoint's."""
+        scan, processor = self.prefix_cache.scan(self), self.processor
+        state = scan.weights_state(), processor, processor.encoder_max_seq_length
+        if scan.hashes is None or scan.hashes[0] != state:
+            tokenizers = [t for t in (processor.tokenizer, processor.encoder_tokenizer) if t is not None]
+            found = {
+                "weights": _weights_sha256(self, scan.adapters_state()),
+                "config": _sha256([_of_vectors(self.config.to_diff_dict()), processor.encoder_max_seq_length]),
+                "tokenizers": _sha256(list(map(_tokenizer_content, tokenizers))),
+                "code": _code_identity(),
+            }
+            scan.hashes = state, found
+        return scan.hashes[1]
+
     def add_truncated(self, counts: Counter) -> None:
         """Adds what `count_cut` has counted to `truncated`."""
         with self._counting:
@@ -240,3 +312,41 @@ def check_truncate_dim(dim: int, embedding_size: int) -> None:
     """Raises ValueError unless an embedding of `embedding_size` numbers can be cut to `dim`."""
     if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim <= embedding_size:
         raise ValueError(f"`truncate_dim` must be an integer between 1 and {embedding_size}, got {dim!r}.")
+
+
+@cache
+def _code_identity() -> str:
+    return code_identity(Path(__file__).parent)
+
+
+def _sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_sha256(model, adapters: tuple) -> str:
+    """Of names, dtypes, shapes and values, whatever files they came from."""
+    digest = hashlib.sha256(repr(adapters).encode() if adapters else b"")
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"A fingerprint is made of all weights, and {name} is not in memory. Load the model without offloading."
+            )
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _of_vectors(config: dict) -> dict:
+    return {
+        key: _of_vectors(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_OF_VECTORS
+    }
+
+
+def _tokenizer_content(tokenizer) -> dict:
+    """All that ids depend on; not the truncation and padding of a tokenizer's last call."""
+    if not tokenizer.is_fast:
+        return {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in content.items() if name not in ("truncation", "padding")}

@@ -211,12 +211,13 @@ class ModuleScan:
         self.model, self.decoder = model, model.decoder
         self.modules = list(model.modules())
         self.children = [(m._modules, tuple(m._modules.values())) for m in self.modules]
+        self.all_tensors, self.all_adapted = _tensors_of(self.modules), _adapted_of(self.modules)
+        self.hashes: tuple | None = None  # see `EncodeMixin.fingerprint`
         modules = list(model.decoder.modules())
-        self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
+        self.tensors, self.adapted = _tensors_of(modules), _adapted_of(modules)
         self.attentions = [module for module in modules if hasattr(module, "is_causal")]
         self.checkpointed = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
-        self.adapted = [module for module in modules if hasattr(module, "merged_adapters")]
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether this is a list of the modules that the model has now."""
@@ -255,29 +256,23 @@ class ModuleScan:
         )
 
     def fingerprint(self) -> tuple:
-        """
-        What a prefix's keys and values depend on besides its ids: where the weights are, how often they were written, some
-        of their numbers (writing through `.data` leaves no other trace), the adapters' state, attention and autocast.
-        """
-        tensors = [tensor for group in self.tensors for tensor in group.values() if tensor is not None]
-        device, attention = tensors[0].device.type, self.decoder.config._attn_implementation
-        adapters = [
-            (
-                tuple(module.active_adapters),
-                tuple(module.merged_adapters),
-                module.disable_adapters,
-                tuple(module.scaling.items()) if isinstance(getattr(module, "scaling", None), dict) else None,
-            )
-            for module in self.adapted
-        ]
+        """What a prefix's keys and values depend on besides its ids: the decoder's weights, attention and autocast."""
+        device = next(tensor for group in self.tensors for tensor in group.values() if tensor is not None).device.type
+        attention = self.decoder.config._attn_implementation
         return (
-            tuple(map(_identity, tensors)),
-            _sample(tensors),
-            tuple(adapters),
+            *_weights_state(self.tensors, self.adapted),
             attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a prefix; threads switch between them
             self.is_causal(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
+
+    def weights_state(self) -> tuple:
+        """What changes when any of the model's weights do, found in about a millisecond."""
+        return _weights_state(self.all_tensors, self.all_adapted)
+
+    def adapters_state(self) -> tuple:
+        """Which adapters work in the model, and how strongly."""
+        return tuple(map(_adapter_state, self.all_adapted))
 
 
 def make_bidirectional(decoder: PreTrainedModel) -> None:
@@ -299,6 +294,32 @@ def _rope_parameters(config) -> list[dict]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]  # one per kind of layer
     return [parameters, *nested]
+
+
+def _tensors_of(modules: Sequence[nn.Module]) -> list[dict]:
+    return [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+
+
+def _adapted_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if hasattr(module, "merged_adapters")]
+
+
+def _weights_state(groups: Sequence[dict], adapted: Sequence[nn.Module]) -> tuple:
+    """
+    Where tensors are, how often they were written, some of their numbers (writing through `.data` leaves no other trace),
+    and the adapters' state.
+    """
+    tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
+    return tuple(map(_identity, tensors)), _sample(tensors), tuple(map(_adapter_state, adapted))
+
+
+def _adapter_state(module: nn.Module) -> tuple:
+    return (
+        tuple(module.active_adapters),
+        tuple(module.merged_adapters),
+        module.disable_adapters,
+        tuple(module.scaling.items()) if isinstance(getattr(module, "scaling", None), dict) else None,
+    )
 
 
 def _identity(tensor: torch.Tensor) -> tuple:

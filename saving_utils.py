@@ -4,6 +4,7 @@ These are the files that sentence-transformers reads, the instructions and a mod
 written anew has no config.json until everything else is in its place, so that a half-written one does not load.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -28,6 +29,13 @@ SHIPPED_CODE = (
     "sentence_causal2vec.py",
     "token_prepending.py",
     "tokenization_utils.py",
+)
+
+# Those of them that a vector comes from: the others find, load, keep and show files.
+VECTOR_CODE = tuple(
+    name
+    for name in SHIPPED_CODE
+    if name not in ("loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
 )
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -291,6 +299,29 @@ def json_fault(error: Exception) -> str:
         case RecursionError():
             return "nested too deep"
     return f"not JSON: {error}"  # an integer of 5,000 digits
+
+
+def code_identity(folder: str | Path) -> str:
+    """SHA-256 of what the folder's `VECTOR_CODE` does: without comments, docstrings and layout; on any Python the same."""
+    digest = hashlib.sha256()
+    for name in VECTOR_CODE:
+        tree = ast.parse(Path(folder, name).read_text(encoding="utf-8"))
+        digest.update(ascii(_meaning(tree)).encode())
+    return digest.hexdigest()
+
+
+def _meaning(node):
+    """A syntax tree as tuples. What is empty is left out, as newer versions of Python have fields that older ones lack."""
+    if isinstance(node, list):
+        return tuple(map(_meaning, node))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = dict(ast.iter_fields(node))
+    body = fields.get("body")
+    if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+        if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+            fields["body"] = body[1:]
+    return type(node).__name__, *((name, _meaning(value)) for name, value in fields.items() if value not in (None, []))
 
 
 def write_json(path: str | Path, value) -> None:

@@ -3,27 +3,16 @@
 Invariant: two different local checkpoints never have the same name and revision.
 """
 
-import ast
 import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from evaluation.encoder import Causal2VecBackend, Instructions, MTEBEncoder, SentenceTransformerBackend
-from saving_utils import holds_weights, read_json, resolve_base
+from saving_utils import code_identity, holds_weights, read_json, resolve_base
 
 
 ROOT = Path(__file__).resolve().parent.parent
-# The code that a vector comes from.
-CODE = (
-    "configuration_causal2vec.py",
-    "encoding_utils.py",
-    "modeling_causal2vec.py",
-    "packing.py",
-    "prefix_cache.py",
-    "token_prepending.py",
-    "tokenization_utils.py",
-)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -114,22 +103,8 @@ def folder_identity(folder: Path, is_causal2vec: bool) -> str:
         if base and holds_weights(base):
             digest.update(folder_identity(Path(base), is_causal2vec).encode())
     if is_causal2vec:
-        digest.update(code_identity().encode())
+        digest.update(code_identity(ROOT).encode())
     return digest.hexdigest()[:40]
-
-
-def code_identity() -> str:
-    """A hash of what the model's code does: its syntax tree without docstrings."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                    body[0] = ast.Pass()
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()
 
 
 def decoder_alone(model):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from scripts.exits import exit_code
+from serving.loading import load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,27 +189,10 @@ def read_passages(paths: list[str], text_column: str) -> list[Passage]:
     return passages
 
 
-def load_model(args: argparse.Namespace):
-    """The checkpoint, by this repository's own classes: no code that stands beside the weights is run."""
-    from configuration_causal2vec import Causal2VecConfig
-    from modeling_causal2vec import Causal2VecModel
-    from runtime_utils import default_device
-
-    try:
-        config = Causal2VecConfig.get_config_dict(args.model)[0]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model must be a folder or a Hub id, got {args.model}: {error}") from error
-    if config.get("model_type") != "causal2vec":  # before memory is taken for a model that is not there
-        found = f"model_type {config['model_type']!r}" if "model_type" in config else "no config.json"
-        raise ValueError(f"--model must be a Causal2Vec checkpoint; {args.model} has {found}.")
-    model = Causal2VecModel.from_pretrained(args.model, dtype=args.dtype)
-    return model.to(default_device())
-
-
 def search(args: argparse.Namespace) -> None:
     """Prints the passages that are nearest to the query."""
     passages = read_passages(args.files, args.text_column)
-    model = load_model(args)
+    model = load_model(args.model, args.dtype)
     limits = {"batch_size": args.batch_size, "max_length": args.max_length, "truncation": "silent"}
     query = model.encode_query(args.query, instruction=args.instruction, **limits)  # (dim,)
     scores = model.encode_document([passage.text for passage in passages], **limits) @ query  # (passages,)
@@ -241,7 +225,7 @@ def encode(args: argparse.Namespace) -> None:
         raise ValueError(f"No texts in {args.input}: it is empty.")
 
     with new_file(output) as file:
-        model = load_model(args)
+        model = load_model(args.model, args.dtype)
         vectors = model.encode(
             texts,
             instruction=args.instruction,

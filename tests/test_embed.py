@@ -35,7 +35,7 @@ def loads(monkeypatch):
     """How often a model was loaded: a mistake in the files is found before."""
     calls = []
     load_model = embed.load_model
-    monkeypatch.setattr(embed, "load_model", lambda args: calls.append(args.model) or load_model(args))
+    monkeypatch.setattr(embed, "load_model", lambda *args: calls.append(args) or load_model(*args))
     return calls
 
 
@@ -372,10 +372,10 @@ def test_bad_models(tmp_path, capsys, backbone_dir):
     command = ["search", "q", write(tmp_path / "a.txt", "one"), "--model"]
     bert, gone, empty = backbone_dir("bert"), str(tmp_path / "gone"), tmp_path / "empty"
     empty.mkdir()
-    expected = "--model must be a Causal2Vec checkpoint; {} has {}."
+    expected = "The model must be a Causal2Vec checkpoint; {} has {}."
     assert error_of([*command, bert], capsys) == expected.format(bert, "model_type 'bert'")
     assert error_of([*command, str(empty)], capsys) == expected.format(empty, "no config.json")
-    assert error_of([*command, gone], capsys).startswith(f"--model must be a folder or a Hub id, got {gone}: ")
+    assert error_of([*command, gone], capsys).startswith(f"The model must be a folder or a Hub id, got {gone}: ")
 
 
 def test_values_that_the_model_refuses(tmp_path, capsys, model_dir, loads):
@@ -385,7 +385,7 @@ def test_values_that_the_model_refuses(tmp_path, capsys, model_dir, loads):
         [*command, "--truncate_dim", "65"], capsys
     )
     assert "max_length=2 leaves no room for text" in error_of([*command, "--max_length", "2"], capsys)
-    assert loads == [model_dir, model_dir] and not Path(output).exists()
+    assert loads == [(model_dir, "float32")] * 2 and not Path(output).exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
@@ -410,7 +410,7 @@ def test_a_reader_that_has_gone_ends_it_in_silence(tmp_path, model_dir, monkeypa
 
 
 def test_an_interrupt_is_told_in_one_line(tmp_path, monkeypatch, capsys):
-    def interrupt(args):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(embed, "load_model", interrupt)

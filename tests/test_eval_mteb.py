@@ -25,9 +25,10 @@ from eval_packs import (
 
 import eval_mteb
 from evaluation.encoder import Examples, Instructions, Noise
-from evaluation.identity import CODE, folder_identity, load_for_mteb, locate
+from evaluation.identity import folder_identity, load_for_mteb, locate
 from evaluation.report import load_paper, read_run
 from evaluation.run import result_cache, run, run_task
+from saving_utils import VECTOR_CODE
 
 
 mteb = pytest.importorskip("mteb")
@@ -482,7 +483,7 @@ def test_identity_is_of_weights_configuration_tokenizers_and_code(checkpoint, tm
 
     code = tmp_path / "code"
     code.mkdir()
-    for name in CODE:
+    for name in VECTOR_CODE:
         shutil.copy(ROOT / name, code)
     monkeypatch.setattr("evaluation.identity.ROOT", code)
     file = code / "modeling_causal2vec.py"

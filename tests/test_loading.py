@@ -6,7 +6,6 @@ import os
 import shutil
 from importlib.util import find_spec as is_available
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from evaluation.identity import folder_identity, load_backend, locate
 from modeling_causal2vec import Causal2VecModel
 from runtime_utils import default_device
 from scripts import embed
+from serving.loading import load_model
 from tokenization_utils import Causal2VecProcessor
 
 
@@ -36,7 +36,7 @@ def test_scripts_use_the_accelerator_whatever_its_kind(saved_dir, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     assert default_device() == load_backend(locate(str(saved_dir))).model.device == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
-    searched = embed.load_model(SimpleNamespace(model=str(saved_dir), dtype="float32"))
+    searched = load_model(str(saved_dir))
     assert searched.device == load_backend(locate(str(saved_dir))).model.device == torch.device("meta")
     assert encode.parse_arguments([]).device == "meta"
 

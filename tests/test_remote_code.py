@@ -20,7 +20,7 @@ ENTRY_FILES = ("configuration_causal2vec.py", "modeling_causal2vec.py", "tokeniz
 # Only sentence-transformers loads this one.
 SENTENCE_TRANSFORMERS_FILE = "sentence_causal2vec.py"
 # Each may import from those before it.
-FOLDERS = ("evaluation", "training", "scripts", "benchmarks")
+FOLDERS = ("evaluation", "training", "serving", "scripts", "benchmarks")
 
 # Runs in a process of its own. Blocks every installed package but torch, transformers and what they require, and every
 # connection; then loads a folder and writes its vectors.
@@ -284,11 +284,14 @@ class TestSource:
         assert sorted(SHIPPED_CODE) == SHIPPED and set(ENTRY_FILES) <= set(SHIPPED)
 
     def test_imports_go_one_way(self):
-        """What is shipped needs nothing else here; evaluation needs no training, and neither of them needs a script."""
+        """
+        What is shipped needs nothing else here; evaluation needs no training, and neither of them needs a script, but for
+        exits.py, which needs nothing.
+        """
         folders = {name: {f"{name}/{path.name}" for path in (ROOT / name).glob("*.py")} for name in FOLDERS}
         assert reached(SHIPPED) == set(SHIPPED)
         for place, name in enumerate(FOLDERS):
-            above = set().union(*(folders[other] for other in FOLDERS[place + 1 :]))
+            above = set().union(*(folders[other] for other in FOLDERS[place + 1 :])) - {"scripts/exits.py"}
             assert len(folders[name]) > 1 and not reached(folders[name]) & above, name
 
     def test_imports(self, tree):
