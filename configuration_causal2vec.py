@@ -29,13 +29,12 @@ from transformers.utils import logging
 def _check_siblings() -> None:
     """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
     for name in (
+        "decoder_utils",
         "encoding_utils",
         "loading_utils",
-        "packing",
         "prefix_cache",
         "runtime_utils",
         "saving_utils",
-        "token_prepending",
         "tokenization_utils",
     ):
         expected, spec = Path(__file__).with_name(f"{name}.py"), importlib.util.find_spec(name)

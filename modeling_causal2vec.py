@@ -29,24 +29,38 @@ if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `sa
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import Causal2VecConfig
+    from .decoder_utils import (
+        Packing,
+        Prepending,
+        check_prepended,
+        groups_of_like_length,
+        packed_states,
+        prepend_between_layers,
+        trim,
+    )
     from .encoding_utils import EncodeMixin
     from .loading_utils import PretrainedMixin, position_limit
-    from .packing import Packing, groups_of_like_length, packed_states, trim
     from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
-    from .token_prepending import Prepending, check_prepended, prepend_between_layers
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import Causal2VecConfig
+    from decoder_utils import (
+        Packing,
+        Prepending,
+        check_prepended,
+        groups_of_like_length,
+        packed_states,
+        prepend_between_layers,
+        trim,
+    )
     from encoding_utils import EncodeMixin
     from loading_utils import PretrainedMixin, position_limit
-    from packing import Packing, groups_of_like_length, packed_states, trim
     from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
-    from token_prepending import Prepending, check_prepended, prepend_between_layers
     from tokenization_utils import Causal2VecProcessor
 
 

@@ -19,13 +19,13 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION
+    from .decoder_utils import PACKED_ATTENTION
     from .runtime_utils import ForkSafeLock, device_of
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from packing import PACKED_ATTENTION
+    from decoder_utils import PACKED_ATTENTION
     from runtime_utils import ForkSafeLock, device_of
 
 

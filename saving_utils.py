@@ -19,15 +19,14 @@ from pathlib import Path
 # Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
 SHIPPED_CODE = (
     "configuration_causal2vec.py",
+    "decoder_utils.py",
     "encoding_utils.py",
     "loading_utils.py",
     "modeling_causal2vec.py",
-    "packing.py",
     "prefix_cache.py",
     "runtime_utils.py",
     "saving_utils.py",
     "sentence_causal2vec.py",
-    "token_prepending.py",
     "tokenization_utils.py",
 )
 

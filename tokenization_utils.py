@@ -330,16 +330,25 @@ class Causal2VecProcessor(ProcessorMixin):
 class DecoderProcessor(Causal2VecProcessor):
     """[`Causal2VecProcessor`] without the encoder's tokenizer: `input_ids` and `attention_mask` alone."""
 
-    def __init__(self, tokenizer, **settings):
+    # transformers saves what the signature names, and loads what `__code__` does: the list cannot be its parent's.
+    def __init__(
+        self,
+        tokenizer,
+        contextual_token_id: int = 0,
+        template_prefix: str = "",
+        template_suffix: str = "",
+        text_prefix: str = "",
+        max_seq_length: int = 512,
+        icl_max_seq_length: int = 2048,
+        encoder_max_seq_length: int = 512,
+        contextual_position: str = "after_instruction",
+        num_slots: int = 0,
+    ):
+        settings = {name: value for name, value in locals().items() if name in PROCESSOR_SETTINGS}
         super().__init__(tokenizer, None, **settings)
 
 
-# transformers saves, and loads, what the signature of `__init__` names.
-_signature = inspect.signature(Causal2VecProcessor.__init__)
-PROCESSOR_SETTINGS = tuple(_signature.parameters)[3:]  # behind self and the two tokenizers
-DecoderProcessor.__init__.__signature__ = _signature.replace(
-    parameters=[parameter for name, parameter in _signature.parameters.items() if name != "encoder_tokenizer"]
-)
+PROCESSOR_SETTINGS = tuple(inspect.signature(Causal2VecProcessor.__init__).parameters)[3:]  # behind both tokenizers
 
 CHUNK = 1024  # texts that `towers_cut` tokenizes at a time
 CHARS_PER_TOKEN = 8  # of a long text; so many characters nearly always hold as many tokens as are read, or more

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from decoder_utils import trim
 from encoding_utils import check_truncate_dim
-from packing import trim
 
 
 class InfoNCE(torch.nn.Module):
