@@ -8,6 +8,7 @@ the ones loaded; a folder that is saved into loads as the old model or as the ne
 import json
 import os
 import shutil
+import struct
 from dataclasses import fields
 from pathlib import Path
 
@@ -77,6 +78,8 @@ class PretrainedMixin:
                 f"`attn_implementation` per tower has the keys {sorted(cls.config_class.sub_configs)}, got "
                 f"{sorted(attention)}."
             )
+        if isinstance(kwargs.get("dtype"), dict):
+            raise ValueError(f"`dtype` must be one for the whole model, got {kwargs['dtype']}.")
         source = pretrained_model_name_or_path
         adapter_kwargs = {**_only_hub(kwargs), **(kwargs.pop("adapter_kwargs", None) or {})}
         adapter_name = kwargs.pop("adapter_name", "default")
@@ -395,12 +398,19 @@ def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrain
 
     Raises:
         ImportError: what transformers needs to read a GGUF file is not installed.
-        ValueError: tensors are missing; transformers would initialise them anew.
+        ValueError: tensors are missing, which transformers would initialise anew; or a GGUF file is damaged.
     """
     if kwargs.get("gguf_file") is not None:
         check_gguf_available()
         kwargs["quantization_config"] = GgufConfig(dequantize=True)  # else weights may stay packed, and nothing saves
-    model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    try:
+        model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    except (IndexError, KeyError, OverflowError, ValueError, struct.error) as error:  # what the reader of GGUF raises
+        if kwargs.get("gguf_file") is None:
+            raise
+        raise ValueError(
+            f"{kwargs['gguf_file']} of {folder_or_id} cannot be read as GGUF, {type(error).__name__}: {error}. Is it cut off?"
+        ) from error
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF file's title
     adapted = [(n, module) for n, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in adapted:
