@@ -1,4 +1,4 @@
-"""Makes a trained model the checkpoint of this repository.
+"""Installs a trained model as this repository's checkpoint.
 
     python -m scripts.release runs/mine/model
 
@@ -49,7 +49,7 @@ def read_as_float32(config: Path) -> None:
 
 
 def forget_origin(config: Path) -> None:
-    """Takes out of a saved tokenizer that it was loaded from a folder, which is true of nobody's copy."""
+    """Removes the path of the folder that a saved tokenizer was loaded from."""
     values = read_json(config)
     for name in ("is_local", "local_files_only"):
         values.pop(name, None)
