@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:  # never imported; named so that the Hub's loader and `save_pretrained` copy the files
+    from .handler import EndpointHandler  # noqa: F401
     from .saving_utils import SHIPPED_CODE  # noqa: F401
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:

@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
+# Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
+# what the Hub's Inference Endpoints run.
 SHIPPED_CODE = (
     "configuration_causal2vec.py",
     "decoder_utils.py",
     "encoding_utils.py",
+    "handler.py",
     "loading_utils.py",
     "modeling_causal2vec.py",
     "prefix_cache.py",
@@ -31,11 +33,8 @@ SHIPPED_CODE = (
 )
 
 # Those of them that a vector comes from: the others find, load, keep and show files.
-VECTOR_CODE = tuple(
-    name
-    for name in SHIPPED_CODE
-    if name not in ("loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
-)
+_OTHER_CODE = ("handler.py", "loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
+VECTOR_CODE = tuple(name for name in SHIPPED_CODE if name not in _OTHER_CODE)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What new weights replace, as the Hub's patterns.
