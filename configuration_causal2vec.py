@@ -27,15 +27,14 @@ from transformers.utils import logging
 
 
 def _check_siblings() -> None:
-    """In a clone, these files are top-level modules, whose names others may use too: refuses what is not of this folder."""
+    """In a clone these files are top-level modules: refuses a module of the same name from another folder."""
     for name in (
+        "decoder_utils",
         "encoding_utils",
         "loading_utils",
-        "packing",
         "prefix_cache",
         "runtime_utils",
         "saving_utils",
-        "token_prepending",
         "tokenization_utils",
     ):
         expected, spec = Path(__file__).with_name(f"{name}.py"), importlib.util.find_spec(name)
@@ -59,8 +58,8 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
-    # Never imported here; named because the loader tells local folders of one name apart by this file and what it
-    # names: it would else run the model's code of one folder for another that only has the same configuration's.
+    # Never imported. The loader tells local folders of the same name apart by this file and the files it names; without
+    # this line it could run one folder's model code for another with the same configuration file.
     from .modeling_causal2vec import Causal2VecModel  # noqa: F401
 
 
@@ -94,7 +93,8 @@ class Causal2VecConfig(PreTrainedConfig):
             Id in the decoder's vocabulary that is reserved for the Contextual token's place. Its own embedding is never
             used and text is never encoded to it.
         hidden_size (`int`, *optional*):
-            The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many.
+            The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many;
+            config.json says how many, for engines that do not run this code.
         template_prefix (`str`, defaults to `""`):
             Template text before the instruction. Control tokens in it are encoded as such.
         template_suffix (`str`, defaults to `""`):
@@ -102,7 +102,7 @@ class Causal2VecConfig(PreTrainedConfig):
         text_prefix (`str`, defaults to `""`):
             What the encoder expects before every text, such as `"query: "`.
         query_instruction (`str`, *optional*):
-            The instruction that `encode_query` uses unless it is given one.
+            The default instruction of `encode_query`.
         max_seq_length (`int`, defaults to 512):
             Longest decoder sequence in tokens: template, instruction, Contextual token, text and EOS. Longer texts are cut
             at their end.
@@ -117,18 +117,18 @@ class Causal2VecConfig(PreTrainedConfig):
         projector_bias (`bool`, defaults to `True`):
             Whether the two linear layers have biases.
         pooling (`str`, defaults to `"concat"`):
-            What an embedding is made of (Table 12): `"concat"` of the Contextual token's and EOS's states, their
-            `"average"`, `"eos"` alone, or `"eos_encoder"`: EOS's state and the projected output of the encoder.
+            How an embedding is pooled (Table 12): `"concat"` of the states of the Contextual token and EOS, their
+            `"average"`, `"eos"` alone, or `"eos_encoder"`, EOS's state and the projected output of the encoder.
         contextual_position (`str`, defaults to `"after_instruction"`):
-            Or `"before_instruction"` (Table 14): then between the template's prefix and the instruction.
+            Or `"before_instruction"` (Table 14), between the template's prefix and the instruction.
         num_contextual_tokens (`int`, defaults to 1):
-            More than one are read from the encoder's states by cross-attention with learnable queries (Table 5). The
-            last of them, which sees the others, is then the one whose state goes into an embedding.
+            If more than one, learnable queries read them from the encoder's states by cross-attention (Table 5), and
+            the state of the last one, which sees the others, goes into the embedding.
         bidirectional (`bool`, defaults to `False`):
             Whether the decoder's attention looks both ways (Table 15).
         baseline (`str`, *optional*):
-            One of the methods that the paper compares with: `"last_token"`
-            (Table 2), `"embedding_concat"` (Table 4) or `"token_prepending"` (Table 6). Their pooling is their own.
+            One of the methods that the paper compares with, each with its own pooling: `"last_token"` (Table 2),
+            `"embedding_concat"` (Table 4) or `"token_prepending"` (Table 6).
 
     Raises:
         StrictDataclassFieldValidationError: a value has the wrong type, or is none of a field's choices.
@@ -178,13 +178,15 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"`_attn_implementation_internal` is not accepted from a configuration{part and f' ({part})'}; pass "
                     "`attn_implementation=` to `from_pretrained` instead."
                 )
+        saved_size = kwargs.pop("embedding_size", None)  # there for engines that do not run this code
         if self.has_encoder:
             self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
         elif self.encoder_config is not None:
             raise ValueError(f"The baseline {self.baseline!r} has no encoder; leave `encoder_config` out.")
         self.decoder_config = _sub_config("decoder_config", self.decoder_config, default="llama")
         super().__post_init__(**kwargs)
-        # What nothing reads, perhaps of a newer transformers, must not keep a checkpoint from loading; a typo is told.
+        # A field that nothing reads may come from a newer transformers, so the checkpoint still loads; a typo gets a
+        # warning.
         read = {
             name for name in kwargs if name not in vars(self) and (hasattr(self, name) or hasattr(self, f"_{name}"))
         }
@@ -223,6 +225,10 @@ class Causal2VecConfig(PreTrainedConfig):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
         _check_combinations(self)
+        if saved_size not in (None, self.embedding_size):
+            raise ValueError(
+                f"`embedding_size` must be {self.embedding_size}, as the other fields say, got {saved_size!r}. Leave it out."
+            )
         for name, backbone in (
             ("max_seq_length", decoder),
             ("icl_max_seq_length", decoder),
@@ -242,12 +248,12 @@ class Causal2VecConfig(PreTrainedConfig):
 
     @property
     def num_slots(self) -> int:
-        """How many places in a decoder's row are not text: for Contextual tokens, or for the token of token prepending."""
+        """How many positions of a decoder's row are reserved for Contextual tokens, or for token prepending's token."""
         return 0 if self.baseline in ("last_token", "embedding_concat") else self.num_contextual_tokens
 
     @property
     def embedding_sizes(self) -> tuple[int, ...]:
-        """The sizes of the one or two vectors that an embedding joins."""
+        """The sizes of the one or two vectors that make up an embedding."""
         if self.baseline == "embedding_concat":
             return self.hidden_size, self.encoder_config.get_text_config().hidden_size
         if self.baseline is not None or self.pooling in ("average", "eos"):
@@ -260,15 +266,15 @@ class Causal2VecConfig(PreTrainedConfig):
         return sum(self.embedding_sizes)
 
     def to_dict(self) -> dict:
-        """As everywhere in transformers, but without the folders that the parts came from: they are one machine's."""
-        values = super().to_dict()
+        """As in transformers, with `embedding_size` and without the paths of the folders that the backbones came from."""
+        values = {**super().to_dict(), "embedding_size": self.embedding_size}
         for part in (values, values["encoder_config"], values["decoder_config"]):
             if part is not None and not is_hub_id(part.get("_name_or_path")):
                 part.pop("_name_or_path", None)
         return values
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As everywhere in transformers; also into the folder that this code was imported from."""
+        """As in transformers; the folder that this code was imported from is fine too."""
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with new_files(save_directory) as temporary:
@@ -291,7 +297,7 @@ _MINIMUM = {
     "projector_hidden_size": 1,
 }
 
-# Attributes that transformers and its Trainer set on configurations, and so find again in config.json.
+# Attributes that transformers and its Trainer set on configurations and that end up in config.json.
 _OF_TRANSFORMERS = {
     "auto_map",
     "bos_token_id",
@@ -308,7 +314,7 @@ _OF_TRANSFORMERS = {
 
 
 def _check_combinations(config: Causal2VecConfig) -> None:
-    """Refuses what has no meaning together."""
+    """Refuses settings that contradict each other."""
     if config.pooling == "eos_encoder" and config.num_contextual_tokens > 1:
         raise ValueError(
             "`pooling='eos_encoder'` needs `num_contextual_tokens=1`: several tokens are no single output of the encoder."

@@ -6,8 +6,8 @@
     python eval_mteb.py --compare results/mine results/other paper:Mistral-7B --output results/compared
     torchrun --nproc_per_node 8 eval_mteb.py --model . --tasks mteb56 --dtype bf16 --output results/mine
 
-Invariants: an output folder holds one model in one setting; a result counts when it is complete, is then not computed
-again, and is never reused for another model, instruction, text or setting.
+Invariants: an output folder holds one model in one setting; a finished result is never computed again, and never reused
+for another model, instruction, text or setting.
 """
 
 import argparse
@@ -164,8 +164,8 @@ def load_encoder(args: argparse.Namespace, tasks: Sequence) -> MTEBEncoder:
     The wrapper around `--model` for these tasks.
 
     Raises:
-        ValueError: a task has no instruction, or an option does not fit the kind of model.
-        FileNotFoundError: the model, or examples, are not there.
+        ValueError: a task has no instruction, or an option does not apply to this kind of model. FileNotFoundError: the
+        model or the examples are missing.
     """
     location = locate(args.model, args.revision, args.name)
     only_ours = {

@@ -1,13 +1,14 @@
-"""Loading, saving and joining: what [`Causal2VecModel`] has of folders and the Hub.
+"""Loading, saving and joining: the part of [`Causal2VecModel`] that deals with folders and the Hub.
 
 A folder holds weights (one file or shards), both tokenizers, code and settings, or an adapter that names its base.
-Invariants: weights that are missing, damaged or another model's are refused, never drawn anew; a folder's own weights are
-the ones loaded; a folder that is saved into loads as the old model or as the new one, never as a mixture.
+Invariants: missing or damaged weights, or another model's, raise an error and are never reinitialised; a folder's own
+weights are the ones loaded; at any moment of a save the folder loads as the old model or the new one, never a mixture.
 """
 
 import json
 import os
 import shutil
+import struct
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ try:
         holds_weights,
         new_files,
         push_to_hub,
+        read_json,
         refresh_hashes,
         resolve_base,
         write_plain_card,
@@ -38,6 +40,7 @@ except ImportError:
         holds_weights,
         new_files,
         push_to_hub,
+        read_json,
         refresh_hashes,
         resolve_base,
         write_plain_card,
@@ -60,14 +63,14 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As everywhere in transformers; also loads both tokenizers when the folder has them. If there is only a PEFT
-        adapter, its base is loaded and the adapter attached; a relative base is looked for beside the adapter first.
-        Weights of the folder's own are always the ones loaded; an adapter beside them is attached if it names this folder
-        as its base.
+        As in transformers; also loads both tokenizers if the folder has them. If the folder holds only a PEFT adapter,
+        loads its base and attaches the adapter; a relative base path is first resolved against the adapter's folder. If
+        the folder holds weights, those are loaded; an adapter beside them is attached only if it names this folder as
+        its base.
 
         Raises:
-            ValueError: the weights or the adapter's lack tensors of this model, hold others or are damaged, the adapter names no
-                base, or the folder is not one of Causal2Vec's.
+            ValueError: weights or adapter weights are missing, unexpected or damaged, the adapter names no base, or the
+            folder holds no Causal2Vec model.
         """
         attention = kwargs.get("attn_implementation")
         if isinstance(attention, dict) and not set(attention) <= {"", *cls.config_class.sub_configs}:
@@ -75,10 +78,12 @@ class PretrainedMixin:
                 f"`attn_implementation` per tower has the keys {sorted(cls.config_class.sub_configs)}, got "
                 f"{sorted(attention)}."
             )
+        if isinstance(kwargs.get("dtype"), dict):
+            raise ValueError(f"`dtype` must be one for the whole model, got {kwargs['dtype']}.")
         source = pretrained_model_name_or_path
         adapter_kwargs = {**_only_hub(kwargs), **(kwargs.pop("adapter_kwargs", None) or {})}
         adapter_name = kwargs.pop("adapter_name", "default")
-        # AutoModel may have gone on from an adapter to its base; then it says where it started.
+        # AutoModel may have followed an adapter to its base; this argument then names the adapter.
         adapter = adapter_kwargs.pop("_adapter_model_path", source)
         found = _find_adapter(adapter, adapter_kwargs)
         if found is None:
@@ -105,13 +110,13 @@ class PretrainedMixin:
                     f"The adapter {adapter} left {len(missing)} weights unset, such as {missing[:5]}: its file is of "
                     "another model, or transformers is 5.17, which skips modules trained in full; get 5.18."
                 )
-            if Path(base).is_dir():  # or its relative path would be taken from wherever the adapter is saved next
+            if Path(base).is_dir():  # or a relative path would be resolved against the folder of the next save
                 model.peft_config[adapter_name].base_model_name_or_path = str(Path(base).resolve())
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _load(cls, source, *model_args, output_loading_info: bool = False, **kwargs):
-        """`from_pretrained` without adapters: a folder's own weights, or those of a `state_dict`."""
+        """`from_pretrained` without adapters: loads a folder's own weights, or a `state_dict`."""
         hub_kwargs = _only_hub(kwargs)
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig) and (source, config) != (None, None):
@@ -126,7 +131,7 @@ class PretrainedMixin:
                 **kwargs,
             )
         except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # its package is none of ours to import
+            if type(error).__name__ != "SafetensorError":  # shipped code does not import safetensors
                 raise
             raise ValueError(
                 f"The weights of {source} are damaged or cut off: {error}. Get the files again."
@@ -157,7 +162,7 @@ class PretrainedMixin:
 
     @classmethod
     def _check_config(cls, source: str, hub_kwargs: dict) -> None:
-        """Refuses a folder without our config.json: transformers would go on with a new model of default sizes."""
+        """Refuses a folder without our config.json, for which transformers would build a model of default sizes."""
         found = cls.config_class.get_config_dict(source, **hub_kwargs)[0].get("model_type")
         if found == cls.config_class.model_type:
             return
@@ -173,10 +178,9 @@ class PretrainedMixin:
         **kwargs,
     ):
         """
-        As everywhere in transformers; also saves both tokenizers, the code, what sentence-transformers reads, the
-        instructions and, where there is none, a model card. The new files stand beside the old ones until all are
-        written, so saving into the folder that the model or its code came from is fine. Of a model with a PEFT adapter,
-        the adapter alone is saved.
+        As in transformers; also saves both tokenizers, the code, sentence-transformers' files, the instructions and, if
+        there is none yet, a model card. New files replace old ones only once all are written, so a model can be saved
+        into the folder that it or its code came from. If a PEFT adapter is attached, only the adapter is saved.
 
         Raises:
             ValueError: `save_directory` is a file, or an adapter would be ignored there, beside another model's weights.
@@ -225,19 +229,18 @@ class PretrainedMixin:
         **config_kwargs,
     ) -> PreTrainedModel:
         """
-        Joins two pretrained backbones into a new model with their tokenizers. The projector is newly initialised.
+        Joins two pretrained backbones and their tokenizers into a new model with a newly initialised projector.
 
         Args:
             encoder, decoder (`str`): Local folders or Hub ids. The decoder may be an embedding model with last-token
                 pooling (appendix C.3), also one that was saved as an adapter.
-            dtype (`str` or `torch.dtype`, *optional*): Of the whole model. Defaults to the decoder's.
-            contextual_token (`str`): The token whose place the Contextual token takes. It is added to the decoder's
-                tokenizer, and the embedding matrix grows, unless they have it.
-            encoder_kwargs, decoder_kwargs (`dict`, *optional*): For the two calls of `from_pretrained`, such as
-                `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file": NAME}` reads model and tokenizer from that
-                GGUF file of the folder or Hub id; the model is then a plain one, in float32 unless `dtype` says otherwise.
-            config_kwargs: Fields of [`Causal2VecConfig`]. `template_prefix` and `template_suffix` default to the entry of
-                `PROMPT_TEMPLATES` that fits the decoder's chat template.
+            dtype (`str` or `torch.dtype`, *optional*): The dtype of the whole model. Defaults to the decoder's.
+            contextual_token (`str`): The placeholder for the Contextual token. If the decoder's tokenizer lacks it, it
+            is added and the embedding matrix is resized. encoder_kwargs, decoder_kwargs (`dict`, *optional*): Arguments
+            for the two `from_pretrained` calls, such as `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file":
+            NAME}` reads model and tokenizer from that GGUF file, dequantised to float32 unless `dtype` says otherwise.
+            config_kwargs: Fields of [`Causal2VecConfig`]. `template_prefix` and `template_suffix` default to the entry
+            of `PROMPT_TEMPLATES` that matches the decoder's chat template.
 
         Example:
 
@@ -298,7 +301,7 @@ def _find_adapter(source, hub_kwargs: dict) -> tuple[str, bool] | None:
         file = cached_file(source, "adapter_config.json", **hub_kwargs)
     except OSError:
         return None
-    named = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = read_json(file).get("base_model_name_or_path")
     folder = Path(source, hub_kwargs.get("subfolder", ""))
     base = resolve_base(named, folder)
     if any(_has(source, name, hub_kwargs) for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -323,7 +326,7 @@ def _is_same(base: str, folder: Path) -> bool:
 
 def _name_base(config: Path, folder: Path) -> str | None:
     """Makes a local base in adapter_config.json relative to the folder that the adapter goes to; returns the base."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     base = values["base_model_name_or_path"]
     if base and Path(base).is_dir():
         base = values["base_model_name_or_path"] = Path(
@@ -341,7 +344,10 @@ def _has(source, name: str, hub_kwargs: dict) -> bool:
 
 
 def _check_weight_files(source, hub_kwargs: dict) -> None:
-    """Refuses weights in one file beside the index of others: transformers would take the one, however old."""
+    """
+    Refuses a folder with both a single weight file and an index of shards: transformers would load the single file,
+    even if it is older.
+    """
     if source is None:
         return
     try:
@@ -356,7 +362,7 @@ def _check_weight_files(source, hub_kwargs: dict) -> None:
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
-    """Refuses weights that hold NaN or infinity: one sum per tensor says so."""
+    """Refuses weights that contain NaN or infinity, which one sum per tensor reveals."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
             if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
@@ -364,7 +370,7 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
 
 
 def _check_tokenizers(model: PreTrainedModel, tokenizer, encoder_tokenizer) -> None:
-    """Refuses tokenizers that belong to another model, as far as their sizes tell."""
+    """Refuses tokenizers whose sizes show that they belong to another model."""
     slot = model.config.contextual_token_id
     for tower, found, vocab_size in (
         ("decoder", tokenizer, model.get_input_embeddings().num_embeddings),
@@ -388,17 +394,26 @@ def _only_hub(kwargs: dict) -> dict:
 
 def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrainedModel:
     """
-    `auto_class.from_pretrained`, for weights that are all there. LoRA is merged into the weights that it adapts; a
-    `gguf_file` is dequantised, so that the model can be trained and saved.
+    `auto_class.from_pretrained` that insists on complete weights. LoRA is merged; a `gguf_file` is dequantised, so that
+    the model can be trained and saved.
 
     Raises:
         ImportError: what transformers needs to read a GGUF file is not installed.
-        ValueError: tensors are missing; transformers would initialise them anew.
+        ValueError: tensors are missing, which transformers would reinitialise, or a GGUF file is damaged.
     """
     if kwargs.get("gguf_file") is not None:
         check_gguf_available()
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)  # else weights may stay packed, and nothing saves
-    model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+        kwargs["quantization_config"] = GgufConfig(
+            dequantize=True
+        )  # otherwise weights may stay packed, and cannot be saved
+    try:
+        model, info = auto_class.from_pretrained(folder_or_id, output_loading_info=True, **kwargs)
+    except (IndexError, KeyError, OverflowError, ValueError, struct.error) as error:  # what the reader of GGUF raises
+        if kwargs.get("gguf_file") is None:
+            raise
+        raise ValueError(
+            f"{kwargs['gguf_file']} of {folder_or_id} cannot be read as GGUF, {type(error).__name__}: {error}. Is it cut off?"
+        ) from error
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF file's title
     adapted = [(n, module) for n, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in adapted:
@@ -415,7 +430,7 @@ def load_backbone(folder_or_id: str, auto_class=AutoModel, **kwargs) -> PreTrain
 
 
 def load_backbone_tokenizer(folder_or_id: str, config, **kwargs):
-    """`AutoTokenizer.from_pretrained` with those of a backbone's `kwargs` that it knows. `config` is the backbone's."""
+    """`AutoTokenizer.from_pretrained` with those of the backbone's `kwargs` that apply to it."""
     gguf = {name: value for name, value in kwargs.items() if name == "gguf_file" and value is not None}
     tokenizer = AutoTokenizer.from_pretrained(folder_or_id, **_only_hub(kwargs), **gguf)
     for name in ("bos_token", "eos_token", "pad_token") if gguf else ():
@@ -439,7 +454,7 @@ def find_prompt_template(chat_template: str | None) -> tuple[str, str]:
 
 
 def position_limit(backbone: PreTrainedModel) -> int | None:
-    """How many tokens a backbone has positions for; `None` when nothing says so."""
+    """The number of positions of a backbone; `None` if nothing limits them."""
     for name, module in backbone.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin start counting behind the padding id.

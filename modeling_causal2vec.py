@@ -4,10 +4,10 @@
     decoder([instruction] [Contextual token] [text] [EOS]) -> last hidden states  (section 3.2)
     embedding = concat(state of the Contextual token, state of EOS)               (section 3.3)
 
-Every text token comes after the Contextual token and so sees the whole text. The two states are stored interleaved (t0, e0,
-t1, e1, ...), which changes no cosine, dot product or distance: any prefix of an embedding is half of each state. Invariant:
-both backbones are used as `AutoModel` gives them; nothing here depends on which they are. The paper's ablations of
-this model, and the methods that it compares with, are fields of the configuration.
+Every text token follows the Contextual token and so sees the whole text. The two states are stored interleaved (t0, e0,
+t1, e1, ...), which changes no cosine, dot product or distance: any prefix of an embedding is half of each state.
+Invariant: both backbones are used as `AutoModel` returns them, whatever their architecture. The paper's ablations and
+baselines are fields of the configuration.
 """
 
 from collections import Counter
@@ -24,29 +24,44 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 
-if TYPE_CHECKING:  # never imported here; named so that the Hub's loader and `save_pretrained` carry the file along
+if TYPE_CHECKING:  # never imported; named so that the Hub's loader and `save_pretrained` copy the files
+    from .handler import EndpointHandler  # noqa: F401
     from .saving_utils import SHIPPED_CODE  # noqa: F401
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
     from .configuration_causal2vec import Causal2VecConfig
+    from .decoder_utils import (
+        Packing,
+        Prepending,
+        check_prepended,
+        groups_of_like_length,
+        packed_states,
+        prepend_between_layers,
+        trim,
+    )
     from .encoding_utils import EncodeMixin
     from .loading_utils import PretrainedMixin, position_limit
-    from .packing import Packing, groups_of_like_length, packed_states, trim
     from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
-    from .token_prepending import Prepending, check_prepended, prepend_between_layers
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
     from configuration_causal2vec import Causal2VecConfig
+    from decoder_utils import (
+        Packing,
+        Prepending,
+        check_prepended,
+        groups_of_like_length,
+        packed_states,
+        prepend_between_layers,
+        trim,
+    )
     from encoding_utils import EncodeMixin
     from loading_utils import PretrainedMixin, position_limit
-    from packing import Packing, groups_of_like_length, packed_states, trim
     from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
     from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
-    from token_prepending import Prepending, check_prepended, prepend_between_layers
     from tokenization_utils import Causal2VecProcessor
 
 
@@ -60,7 +75,7 @@ class Causal2VecModelOutput(ModelOutput):
         embeddings (`torch.FloatTensor` of shape `(batch, embedding_size)`):
             By default the states of the Contextual token and of EOS, interleaved (see [`split_states`]); not normalised.
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq_len, hidden_size)`, *optional*):
-            The decoder's, after its final norm; with `output_last_hidden_state=True`.
+            The decoder's last hidden state, after its final norm; with `output_last_hidden_state=True`.
         past_key_values (`Cache`, *optional*):
             The decoder's keys and values; with `use_cache=True`.
     """
@@ -114,14 +129,14 @@ class Causal2VecPreTrainedModel(PretrainedMixin, EncodeMixin, PreTrainedModel):
 
 class Causal2VecModel(Causal2VecPreTrainedModel):
     """
-    The encoder, the projector and the decoder. `encode` goes from texts to vectors; `forward` from tensors to vectors.
+    Encoder, projector and decoder. `encode` takes texts, `forward` takes tensors.
 
     Args:
         config ([`Causal2VecConfig`]): The configuration.
         encoder, decoder (`PreTrainedModel`, *optional*): Backbones to use instead of newly initialised ones.
 
     Raises:
-        ValueError: `encoder_max_seq_length` is more than the encoder has positions for.
+        ValueError: `encoder_max_seq_length` exceeds the encoder's number of positions.
     """
 
     def __init__(
@@ -150,7 +165,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self.post_init()
 
     def add_encoder(self, encoder: PreTrainedModel | None) -> None:
-        """Adds the encoder, newly initialised unless it is given, and the projector of what the decoder reads of it."""
+        """Adds the encoder, newly initialised unless given, and the projector."""
         config = self.config
         if encoder is None:
             encoder = AutoModel.from_config(config.encoder_config, dtype=dtype_of(config))
@@ -158,7 +173,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         if config.num_slots:
             self.projector = Causal2VecProjector(config).to(dtype_of(config))
         if getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None  # never used; its parameters would never get a gradient
+            self.encoder.pooler = None  # never used, so its parameters would never get a gradient
         config.encoder_config = self.encoder.config
         limit = position_limit(self.encoder)
         if limit is not None and config.encoder_max_seq_length > limit:
@@ -183,9 +198,9 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self, encoder_ids: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None, packed: bool = False
     ) -> torch.Tensor:
         """
-        The mean of the encoder's states over real tokens (section 3.1): `(batch, encoder_hidden_size)`; for several
-        Contextual tokens what their queries find, `(batch, num_contextual_tokens, encoder_hidden_size)`. With `packed`,
-        rows of like length are read together.
+        The mean of the encoder's states over real tokens (section 3.1), `(batch, encoder_hidden_size)`; with several
+        Contextual tokens the output of their queries, `(batch, num_contextual_tokens, encoder_hidden_size)`. With
+        `packed`, rows of similar length are read together.
         """
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones_like(encoder_ids)
@@ -213,8 +228,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
     def find_slots(self, input_ids: torch.Tensor, check: bool = True) -> torch.Tensor:
         """
-        Which positions of each row the Contextual tokens take: a mask of shape `(batch, seq_len)`. The check makes the CPU
-        wait for an accelerator.
+        The positions reserved for Contextual tokens, as a mask of shape `(batch, seq_len)`. The check synchronises with
+        an accelerator.
 
         Raises:
             ValueError: a row has fewer or more slots than there are Contextual tokens.
@@ -232,8 +247,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
     def pool(self, contextual_state: torch.Tensor, eos_state: torch.Tensor, contextual_token: torch.Tensor | None):
         """
-        From the two last hidden states (section 3.3) and what the decoder read as Contextual token, `(batch, hidden_size)`
-        each, to embeddings `(batch, embedding_size)`, as `config.pooling` says (appendix C.4).
+        Combines the two last hidden states (section 3.3), or EOS's and the projected Contextual token, `(batch,
+        hidden_size)` each, into embeddings `(batch, embedding_size)` as `config.pooling` says (appendix C.4).
         """
         if self.config.pooling == "eos" or not self.config.has_encoder:
             return eos_state
@@ -248,11 +263,11 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
     def split_states(self, embeddings):
         """
-        The two vectors that embeddings `(..., embedding_size)` join, tensors or arrays: the states of the Contextual token
-        and of EOS, as `config.pooling` and `config.baseline` say. Of embeddings cut by `truncate_dim`, their halves.
+        Splits embeddings `(..., embedding_size)`, tensors or arrays, into the two vectors that they combine: by default
+        the states of the Contextual token and of EOS. Embeddings cut by `truncate_dim` give the halves of that size.
 
         Raises:
-            ValueError: embeddings of this model are one vector.
+            ValueError: this model's embeddings are a single vector.
         """
         sizes = self.config.embedding_sizes
         if len(sizes) == 1:
@@ -281,20 +296,18 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             attention_mask (`(batch, past_len + seq_len)`, *optional*): 1 for real tokens; padding on either side.
             encoder_ids (`(batch, encoder_seq_len)`): The texts for the encoder.
             encoder_attention_mask (`(batch, encoder_seq_len)`, *optional*): 1 for real tokens.
-            encoder_embedding (*optional*): `get_encoder_embedding`'s result, computed before; `encoder_ids` are then not
-                read.
-            prefix_ids (`(1, prefix_len)`, *optional*): What stands before `input_ids` in every row, to be read once;
-                `input_ids` are then padded on the right. See `return_prefix_ids` of `model.processor`.
-            past_key_values (`Cache`, *optional*): Keys and values of what stands before `input_ids`.
-            use_cache (`bool`): Return the decoder's keys and values.
-            output_last_hidden_state (`bool`): Return the decoder's last hidden state.
-            packed (`bool`, *optional*): With `prefix_ids`, read neither tower's padding: the decoder's rows as one, the
-                encoder's in groups of like length. Defaults to `True` on a CPU without gradients, where it pays.
-            kwargs: Passed on to the decoder.
+            encoder_embedding (*optional*): A precomputed result of `get_encoder_embedding`; `encoder_ids` are then
+            ignored. prefix_ids (`(1, prefix_len)`, *optional*): The shared beginning of all rows, read once;
+            `input_ids` then hold the rest, padded on the right. See `return_prefix_ids` of `model.processor`.
+            past_key_values (`Cache`, *optional*): Keys and values of the tokens before `input_ids`. use_cache (`bool`):
+            Return the decoder's keys and values. output_last_hidden_state (`bool`): Return the decoder's last hidden
+            state. packed (`bool`, *optional*): With `prefix_ids`, skip padding in both towers: the decoder's rows are
+            joined into one, the encoder's grouped by length. Defaults to `True` on a CPU without gradients, where it is
+            faster. kwargs: Passed on to the decoder.
 
         Raises:
-            ValueError: a row has not as many slots as it should, neither `encoder_ids` nor `encoder_embedding` is given, or
-                arguments do not go together.
+            ValueError: a row has the wrong number of slots, neither `encoder_ids` nor `encoder_embedding` is given, or
+            arguments contradict each other.
         """
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu:
@@ -326,7 +339,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         prefix = None
         if prefix_ids is not None and prefix_ids.shape[1]:
             prefix = find_prefix(self, prefix_ids, rows=batch_size)
-            if prefix is None:  # it is read with every row
+            if prefix is None:  # then every row reads it
                 before = prefix_ids.to(input_ids.device).expand(batch_size, -1)  # (batch, prefix_len)
                 input_ids = torch.cat([before, input_ids], dim=-1)  # (batch, seq_len)
                 attention_mask = torch.cat([torch.ones_like(before), attention_mask], dim=-1)
@@ -358,8 +371,8 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
         self, inputs_embeds, attention_mask, prefix, lengths: list[int] | None, past_key_values, use_cache, **kwargs
     ):
         """
-        The decoder's last hidden states, all rows' in one, `(places, hidden_size)`; where each row starts in it, `(batch,)`;
-        and the decoder's output, which there is none of where rows of these `lengths` could be packed.
+        The decoder's last hidden states of all rows, flattened to `(places, hidden_size)`; the start of each row,
+        `(batch,)`; and the decoder's output, which is `None` if the rows were packed.
         """
         batch_size, seq_len, _ = inputs_embeds.shape
         device = inputs_embeds.device
@@ -369,7 +382,7 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 lengths = torch.tensor(lengths, device=hidden.device)
                 return hidden, lengths.cumsum(0) - lengths, None
         if attention_mask is None:
-            # Padding comes behind what a causal decoder looks at. Positions run on, or it would look like packed rows.
+            # A causal decoder never sees padding on the right. Positions continue over it, or rows would look packed.
             start = 0 if prefix is None else prefix.length
             position_ids = torch.arange(start, start + seq_len, device=device).expand(batch_size, -1)
             past_key_values = None if prefix is None else expand_prefix(prefix, batch_size)
@@ -388,27 +401,27 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
 
 
 def dtype_of(config: Causal2VecConfig) -> torch.dtype:
-    """The one dtype of a new model, whatever the backbones' own configurations say."""
+    """The dtype of a new model, whatever the backbones' configurations say."""
     dtype = config.dtype or torch.get_default_dtype()
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean of `(batch, seq_len, hidden_size)` over the positions that a mask `(batch, seq_len)` keeps."""
+    """The mean of `(batch, seq_len, hidden_size)` over the positions where a mask `(batch, seq_len)` is true."""
     mask = mask.to(states.device).unsqueeze(-1)  # (batch, seq_len, 1)
-    # Half precision has not even all counts: bfloat16 none between 256 and 258.
+    # Half precision cannot represent all counts: in bfloat16, 256 is followed by 258.
     total = (states * mask).sum(1, dtype=torch.promote_types(states.dtype, torch.float32))  # (batch, hidden_size)
     count = mask.sum(1, dtype=torch.long).clamp(min=1)  # (batch, 1)
     return (total / count).to(states.dtype)  # (batch, hidden_size)
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:
-    """The last position of each row that a mask `(batch, seq_len)` keeps: `(batch,)`."""
+    """The last true position of each row of a mask `(batch, seq_len)`: `(batch,)`."""
     return mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1)
 
 
 def interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Two tensors `(..., size)` as one, number by number: `(..., 2 * size)`."""
+    """Interleaves two tensors `(..., size)` number by number: `(..., 2 * size)`."""
     return torch.stack([first, second], dim=-1).flatten(-2)
 
 

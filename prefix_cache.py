@@ -1,9 +1,9 @@
 """A prefix's keys and values, computed once for all texts of a task (follows from section 3.2).
 
-Attention is causal and the Contextual token stands behind the instruction, so everything before the slot (template,
-in-context examples, instruction) has the same keys and values for every text. They are computed once per prefix, kept, and
-put before the rows of later batches, which then start at the slot. Invariants: vectors equal the plain path's; nothing
-kept outlives a change of the decoder's weights, adapters, dtype, device or attention; memory is bounded.
+Attention is causal and the Contextual token follows the instruction, so everything before the slot (template,
+in-context examples, instruction) has the same keys and values for every text. They are computed once per prefix,
+cached, and prepended to the rows of later batches, which then start at the slot. Invariants: vectors equal the uncached
+path's; no entry outlives a change of the decoder's weights, adapters, dtype, device or attention; memory is bounded.
 """
 
 import inspect
@@ -19,13 +19,13 @@ from transformers.utils import logging
 
 
 try:
-    from .packing import PACKED_ATTENTION
+    from .decoder_utils import PACKED_ATTENTION
     from .runtime_utils import ForkSafeLock, device_of
 except ImportError:
     if __package__:  # a real one: a file is missing, or a package too old
         raise
     # Imported from a clone, where these files are top-level modules.
-    from packing import PACKED_ATTENTION
+    from decoder_utils import PACKED_ATTENTION
     from runtime_utils import ForkSafeLock, device_of
 
 
@@ -43,7 +43,7 @@ class PrefixLayer:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What one prefix leaves in the decoder. Never changed once made, so that threads can share it."""
+    """The decoder's state after one prefix. Immutable, so threads can share it."""
 
     length: int
     layers: tuple[PrefixLayer, ...]
@@ -55,16 +55,15 @@ class SharedPrefix:
 
 class PrefixCache:
     """
-    The prefixes that a model has computed, least recently used first.
+    An LRU cache of a model's prefixes.
 
     Args:
-        max_bytes (`int`, defaults to 256 MiB): Most that the kept keys and values may take; 0 or `None` switches
-            sharing off.
-        max_entries (`int`, defaults to 64): Most prefixes kept; 0 or `None` switches sharing off.
-        min_tokens (`int`, defaults to 4): Shorter prefixes are not worth an attention over two pieces.
+        max_bytes (`int`, defaults to 256 MiB): Limit for all cached keys and values; 0 or `None` turns sharing off.
+        max_entries (`int`, defaults to 64): Limit for the number of prefixes; 0 or `None` turns sharing off. min_tokens
+        (`int`, defaults to 4): Prefixes shorter than this are not shared.
 
-    `hits` and `misses` count prefixes looked up, per batch, since the last `clear`. All three limits may be changed at any
-    time. A copied or pickled model starts with an empty cache of the same limits.
+    `hits` and `misses` count lookups, one per batch, since the last `clear`. All three limits can be changed at any
+    time. A copied or pickled model starts with an empty cache with the same limits.
     """
 
     def __init__(self, max_bytes: int | None = 256 * 2**20, max_entries: int | None = 64, min_tokens: int = 4):
@@ -85,7 +84,7 @@ class PrefixCache:
         return len(self._prefixes)
 
     def clear(self) -> None:
-        """Forgets all prefixes. Needed by hand only after writing through `.data` into a few single weights."""
+        """Drops all prefixes. Only needed after writing single weights through `.data`."""
         with self._lock:
             self._scan: ModuleScan | None = None
             self._prefixes: OrderedDict[tuple[int, ...], SharedPrefix] = OrderedDict()
@@ -94,14 +93,14 @@ class PrefixCache:
             self.hits = self.misses = 0
 
     def scan(self, model: PreTrainedModel) -> "ModuleScan":
-        """The [`ModuleScan`] of the model that this cache belongs to, made anew when its modules are others than before."""
+        """The [`ModuleScan`] of the model that owns this cache, renewed when its modules have changed."""
         scan = self._scan
         if scan is None or not scan.is_current(model):
             scan = self._scan = ModuleScan(model)
         return scan
 
     def get(self, prefix_ids: tuple[int, ...], fingerprint: tuple) -> SharedPrefix | None:
-        """The prefix's keys and values, if they were computed by the decoder that has this fingerprint."""
+        """The prefix's keys and values, if a decoder with this fingerprint computed them."""
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._prefixes.clear()
@@ -115,7 +114,10 @@ class PrefixCache:
             return prefix
 
     def put(self, prefix_ids: tuple[int, ...], fingerprint: tuple, prefix: SharedPrefix) -> None:
-        """Keeps a prefix, and drops the least recently used ones beyond the limits. One larger than them is not kept."""
+        """
+        Adds a prefix and evicts the least recently used ones beyond the limits. A prefix larger than the limits is not
+        added.
+        """
         with self._lock:
             if fingerprint == self._fingerprint:
                 self._prefixes[prefix_ids] = prefix
@@ -124,7 +126,7 @@ class PrefixCache:
                 total -= self._prefixes.popitem(last=False)[1].nbytes
 
     def pays(self, prefix_ids: tuple[int, ...], rows: int) -> bool:
-        """Whether to compute a prefix that is not kept: it serves several rows now, or was asked for before."""
+        """Whether to compute a prefix that is not cached: it serves several rows now, or was requested before."""
         with self._lock:
             known = prefix_ids in self._seen
             self._seen[prefix_ids] = None
@@ -141,7 +143,7 @@ class PrefixCache:
 
 
 class _FullLayer(DynamicLayer):
-    """Gives attention the prefix's keys before the text's own; keeps nothing of the text."""
+    """Gives attention the prefix's keys followed by the text's own, and stores nothing."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
@@ -153,7 +155,7 @@ class _FullLayer(DynamicLayer):
 
 
 class _SlidingLayer(DynamicSlidingWindowLayer):
-    """The same where attention reaches back `sliding_window` tokens: of a longer prefix only the last ones are kept."""
+    """The same for sliding-window attention: of a longer prefix, only the last tokens are kept."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sliding_window: int, length: int):
         super().__init__(sliding_window)
@@ -165,7 +167,7 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
 
 
 def expand_prefix(prefix: SharedPrefix, batch_size: int) -> Cache:
-    """The cache with which a decoder reads rows that start behind a prefix: one copy of its keys and values, expanded."""
+    """The cache for rows that follow a prefix: one copy of its keys and values, expanded over the batch."""
     layers = []
     for layer in prefix.layers:
         keys = layer.keys.expand(batch_size, -1, -1, -1)  # (batch, num_key_value_heads, kept, head_dim)
@@ -179,10 +181,10 @@ def expand_prefix(prefix: SharedPrefix, batch_size: int) -> Cache:
 
 def compute_prefix(decoder: PreTrainedModel, prefix_ids: Sequence[int]) -> SharedPrefix | None:
     """
-    Runs the decoder over a prefix, with gradients where they are enabled.
+    Runs the decoder over a prefix, with gradients if they are enabled.
 
     Returns:
-        What it leaves, or `None` from a decoder whose state is more than keys and values.
+        The state, or `None` if the decoder's state is more than keys and values.
     """
     embeddings = decoder.get_input_embeddings()
     ids = torch.tensor([prefix_ids], device=device_of(embeddings))  # (1, head_len)
@@ -202,9 +204,8 @@ def compute_prefix(decoder: PreTrainedModel, prefix_ids: Sequence[int]) -> Share
 
 class ModuleScan:
     """
-    What every forward pass asks of a model's modules, most of it of its decoder's. They are listed once, since a walk over
-    the modules of 30 layers takes milliseconds; `is_current` tells in microseconds whether one was added, replaced or
-    removed since.
+    What every forward pass needs to know about a model's modules. They are listed once, since walking the modules of 30
+    layers takes milliseconds; `is_current` tells in microseconds whether one was added, replaced or removed since.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -220,22 +221,25 @@ class ModuleScan:
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
 
     def is_current(self, model: PreTrainedModel) -> bool:
-        """Whether this is a list of the modules that the model has now."""
+        """Whether the model still has exactly these modules."""
         return model is self.model and all(tuple(now.values()) == then for now, then in self.children)
 
     def is_offloaded(self) -> bool:
-        """Whether weights come from elsewhere for each forward pass, so that nothing here shows when they change."""
+        """Whether weights are loaded for each forward pass, so that a change of them cannot be seen here."""
         return any(tensor.is_meta for group in self.tensors for tensor in group.values() if tensor is not None)
 
     def is_causal(self) -> bool:
-        """Whether every attention looks back only, so that padding on the right can change nothing."""
+        """Whether every attention is causal, so that padding on the right cannot change anything."""
         config = self.decoder.config.get_text_config()
         if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
             return False
         return bool(self.attentions) and all(module.is_causal for module in self.attentions)
 
     def why_not_shareable(self) -> str | None:
-        """Why a prefix's keys and values may depend on what follows it, or cannot be handed over; `None` if all is well."""
+        """
+        Why a prefix cannot be shared: its keys and values may depend on what follows, or cannot be passed on. `None` if
+        it can.
+        """
         if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
             return "it takes no past_key_values"
         if not self.is_causal():
@@ -246,7 +250,9 @@ class ModuleScan:
         return None
 
     def trains_with_state(self) -> bool:
-        """Whether training sees a prefix differently each time (dropout), or cannot take keys over (checkpointing)."""
+        """
+        Whether training reads a prefix differently each time (dropout), or cannot take cached keys (checkpointing).
+        """
         if not self.decoder.training:
             return False
         return bool(
@@ -267,21 +273,21 @@ class ModuleScan:
         )
 
     def weights_state(self) -> tuple:
-        """What changes when any of the model's weights do, found in about a millisecond."""
+        """A value that changes whenever a weight does; takes about a millisecond."""
         return _weights_state(self.all_tensors, self.all_adapted)
 
     def adapters_state(self) -> tuple:
-        """Which adapters work in the model, and how strongly."""
+        """The active adapters and their scaling."""
         return tuple(map(_adapter_state, self.all_adapted))
 
 
 def make_bidirectional(decoder: PreTrainedModel) -> None:
     """
-    Makes a decoder's attention bidirectional (appendix C.6). Masks are made by the configuration; kernels that get none,
-    because there is no padding, go by the modules.
+    Makes a decoder's attention bidirectional (appendix C.6). Masks follow the configuration; kernels that get no mask,
+    because there is no padding, follow the modules.
 
     Raises:
-        ValueError: no part of the decoder says that it is causal, so none would say that it no longer is.
+        ValueError: the decoder has neither a configuration field nor a module attribute that controls causality.
     """
     attentions = [module for module in decoder.modules() if hasattr(module, "is_causal")]
     if not attentions:
@@ -306,8 +312,8 @@ def _adapted_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _weights_state(groups: Sequence[dict], adapted: Sequence[nn.Module]) -> tuple:
     """
-    Where tensors are, how often they were written, some of their numbers (writing through `.data` leaves no other trace),
-    and the adapters' state.
+    The tensors' addresses and version counters, a sample of their values (writing through `.data` leaves no other
+    trace), and the adapters' state.
     """
     tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
     return tuple(map(_identity, tensors)), _sample(tensors), tuple(map(_adapter_state, adapted))
@@ -330,7 +336,7 @@ def _identity(tensor: torch.Tensor) -> tuple:
 
 
 def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_read: int = 4) -> tuple:
-    """A few numbers of some tensors, evenly spaced; read from each device at once."""
+    """A few evenly spaced values of some tensors, in one read per device."""
     plain = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.numel() and not t.is_meta]
     parts: dict[tuple, list[torch.Tensor]] = {}
     for tensor in plain[:: max(1, len(plain) // tensors_read)]:
@@ -342,17 +348,17 @@ def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_rea
 
 @torch.compiler.disable
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model's decoder looks back only; see [`ModuleScan`]."""
+    """Whether the model's decoder is causal; see [`ModuleScan`]."""
     return model.prefix_cache.scan(model).is_causal()
 
 
 @torch.compiler.disable
 def find_prefix(model: PreTrainedModel, prefix_ids: torch.Tensor, rows: int) -> SharedPrefix | None:
     """
-    What a prefix `(1, prefix_len)` of `rows` rows leaves in the model's decoder, from its `prefix_cache` or newly computed
-    where that pays; `None` where the rows are to be read with their prefix.
+    The decoder's state after a prefix `(1, prefix_len)` shared by `rows` rows, from the model's `prefix_cache` or
+    computed now if that pays; `None` if the rows are to be read with their prefix.
 
-    Without gradients and outside training, it stays in the cache for later calls.
+    Outside training and without gradients it is cached for later calls.
     """
     cache, decoder = model.prefix_cache, model.decoder
     if not cache.enabled or prefix_ids.shape[1] < cache.min_tokens:

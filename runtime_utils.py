@@ -24,8 +24,8 @@ _LOCKS: weakref.WeakSet["ForkSafeLock"] = weakref.WeakSet()
 
 class ForkSafeLock:
     """
-    A lock that is free in a forked child, where the thread that held it does not live on. With `delays_forks`, no fork
-    happens while a thread holds it. Copies, and what is unpickled, are new.
+    A lock that a forked child finds released, since the thread that held it does not exist there. With `delays_forks`,
+    forks wait until the lock is released. Copying or unpickling gives a new lock.
     """
 
     def __init__(self, delays_forks: bool = False):
@@ -66,14 +66,14 @@ def _renew_locks() -> None:
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_locks)
 
-# Held while tokenizers work: their own locks would stay closed for ever in a child that is forked meanwhile.
+# Held while tokenizers run: a child forked meanwhile would find their internal locks closed forever.
 TOKENIZING = ForkSafeLock(delays_forks=True)
 
 
 class EvalMode(ForkSafeLock):
     """
-    `with eval_mode(model):` keeps a model in eval mode as long as any thread is inside. The last one to leave restores
-    what was in training, which a frozen encoder may not have been.
+    `with eval_mode(model):` keeps a model in eval mode while any thread is inside. The last thread to leave restores
+    the modules that were in training mode.
     """
 
     def __init__(self):
@@ -108,8 +108,8 @@ class EvalMode(ForkSafeLock):
 
 def device_of(module: nn.Module) -> torch.device:
     """
-    Where a module computes: where accelerate's hooks bring what it reads, or else where its first tensor is, or else the
-    CPU. Weights that are offloaded or quantised do not say it.
+    The device that a module computes on: the execution device of accelerate's hooks, else that of its first tensor,
+    else the CPU. The weights' own device is not enough: they may be offloaded or quantised.
     """
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
@@ -120,13 +120,13 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The accelerator, whichever kind this machine has, or else the CPU."""
+    """The accelerator of this machine, of any kind, or else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @cache
 def half_precision_cost(dtype: torch.dtype) -> float:
-    """How many times as long a matrix product takes on this CPU as in float32: measured once, in some milliseconds."""
+    """The time of a matrix product on this CPU relative to float32, measured once in a few milliseconds."""
     seconds = dict.fromkeys((torch.float32, dtype), math.inf)
     with torch.autocast("cpu", enabled=False):
         for _ in range(4):
@@ -139,12 +139,14 @@ def half_precision_cost(dtype: torch.dtype) -> float:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 about as fast as in float32. Without instructions for it, far slower."""
+    """
+    Whether this CPU multiplies in bfloat16 about as fast as in float32; without hardware support it is far slower.
+    """
     return half_precision_cost(torch.bfloat16) <= SLOW
 
 
 def warn_of_slow_dtype(model: PreTrainedModel) -> None:
-    """Says once what a model on the CPU would gain by float32, where it computes in a slower half precision."""
+    """Warns once if a model on the CPU computes in a half precision that is slower than float32."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
     if dtype in (torch.bfloat16, torch.float16) and half_precision_cost(dtype) > SLOW:
         logger.warning_once(

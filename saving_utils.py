@@ -16,27 +16,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
+# Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
+# what the Hub's Inference Endpoints run.
 SHIPPED_CODE = (
     "configuration_causal2vec.py",
+    "decoder_utils.py",
     "encoding_utils.py",
+    "handler.py",
     "loading_utils.py",
     "modeling_causal2vec.py",
-    "packing.py",
     "prefix_cache.py",
     "runtime_utils.py",
     "saving_utils.py",
     "sentence_causal2vec.py",
-    "token_prepending.py",
     "tokenization_utils.py",
 )
 
 # Those of them that a vector comes from: the others find, load, keep and show files.
-VECTOR_CODE = tuple(
-    name
-    for name in SHIPPED_CODE
-    if name not in ("loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
-)
+_OTHER_CODE = ("handler.py", "loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
+VECTOR_CODE = tuple(name for name in SHIPPED_CODE if name not in _OTHER_CODE)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What new weights replace, as the Hub's patterns.
@@ -111,7 +109,7 @@ def check_adapter_base(folder: str | Path) -> None:
     """Raises ValueError for a folder with an adapter that others could not load: its base must be on the Hub."""
     config = Path(folder, "adapter_config.json")
     if config.is_file():
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(config).get("base_model_name_or_path")
         if not is_hub_id(base):
             raise ValueError(
                 f"adapter_config.json names the base {base!r}, which nobody else has. Push the base first and write its id "
@@ -273,6 +271,32 @@ def code_hashes(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each shipped Python file that the folder has."""
     paths = [Path(folder, name) for name in SHIPPED_CODE]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+
+
+def read_json(path: str | Path):
+    """
+    The contents of a JSON file, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON; the message holds file, line and column.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (RecursionError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line}: {json_fault(error)}.") from None
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with JSON that Python did not read."""
+    match error:
+        case UnicodeDecodeError():
+            return f"invalid UTF-8 at byte {error.start}"
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg} at column {error.colno}"
+        case RecursionError():
+            return "nested too deep"
+    return f"not JSON: {error}"  # an integer of 5,000 digits
 
 
 def code_identity(folder: str | Path) -> str:

@@ -1,12 +1,12 @@
-"""Causal2Vec as a module of sentence-transformers, and through it for all that builds on sentence-transformers.
+"""Causal2Vec as a sentence-transformers module, and so for everything built on sentence-transformers.
 
     SentenceTransformer("path or id", trust_remote_code=True).encode(texts, prompt="an instruction")
 
-Prompts are instructions: they take the place that the processor gives them, before the Contextual token, and the encoder
-never reads them. Invariants: vectors equal `Causal2VecModel.encode`'s, plain or with a prompt (a cut one has length 1 with
-`normalize_embeddings=True`, as everywhere in sentence-transformers); no
-feature but `input_ids` has a name that ends in `_input_ids` (sentence-transformers' trainer would take it for another
-sentence). This is the only shipped file that imports sentence_transformers, and nothing imports this file.
+A prompt is an instruction: the processor puts it before the Contextual token, and the encoder never reads it.
+Invariants: vectors equal those of `Causal2VecModel.encode`, with or without a prompt (truncated ones have length 1 only
+with `normalize_embeddings=True`, as in all of sentence-transformers); no feature name but `input_ids` ends in
+`_input_ids`, which sentence-transformers' trainer would take for another sentence. This is the only shipped file that
+imports sentence_transformers, and nothing imports this file.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ class Causal2VecSTModule(InputModule):
     """
     Args:
         model ([`Causal2VecModel`]): The model, with its processor.
-        normalize (`bool`, defaults to `True`): Whether vectors have length 1, as `Causal2VecModel.encode`'s have.
+        normalize (`bool`, defaults to `True`): Whether vectors are scaled to length 1, as by `Causal2VecModel.encode`.
     """
 
     config_file_name = "sentence_causal2vec_config.json"
@@ -56,7 +56,7 @@ class Causal2VecSTModule(InputModule):
         self.normalize = normalize
 
     def preprocess(self, inputs, prompt: str | None = None, examples=None, **kwargs) -> dict[str, torch.Tensor]:
-        """The four tensors of a batch of texts; `prompt` is the instruction. Says once that texts are cut."""
+        """The four tensors of a batch of texts; `prompt` is the instruction. Warns once if texts are truncated."""
         processor = self.model.processor
         rows = processor.rows(inputs, instruction=prompt or None, examples=examples)
         counts = count_cut([row.cut for row in rows])
@@ -69,7 +69,7 @@ class Causal2VecSTModule(InputModule):
 
     @property
     def truncated(self) -> Counter:
-        """How many texts were read only in part, by either tower (`"texts"`), the `"decoder"` and the `"encoder"`."""
+        """How many texts were truncated: by either tower (`"texts"`), by the `"decoder"` and by the `"encoder"`."""
         return self.model.truncated
 
     def forward(self, features: dict, **kwargs) -> dict:
@@ -106,7 +106,7 @@ class Causal2VecSTModule(InputModule):
         return self.model.config.embedding_size
 
     def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
-        """Saves the whole model, as `Causal2VecModel.save_pretrained` does. Weights are always safetensors."""
+        """Saves the whole model as `Causal2VecModel.save_pretrained` does, always as safetensors."""
         prompts = Path(output_path, "config_sentence_transformers.json")
         written = prompts.read_bytes() if prompts.exists() else None  # by SentenceTransformer, with its user's prompts
         self.model.save_pretrained(output_path)

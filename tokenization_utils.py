@@ -12,6 +12,7 @@ ablations, several Contextual tokens have as many slots next to each other, and 
 `[template_prefix] [slot] [examples + instruction] [text]` (appendix C.5).
 """
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,11 +58,12 @@ class Row(NamedTuple):
 
 class Causal2VecProcessor(ProcessorMixin):
     """
-    Holds the decoder's tokenizer (`tokenizer`, in the root of a saved folder) and the encoder's (`encoder_tokenizer`, in
-    a folder of that name), and the layout of a row. See [`Causal2VecConfig`] for the settings.
+    The decoder's tokenizer (`tokenizer`, saved in the root of a folder), the encoder's (`encoder_tokenizer`, saved in a
+    subfolder of that name), and the layout of a row. See [`Causal2VecConfig`] for the settings.
 
     Raises:
-        ValueError: a tokenizer has no vocabulary, the decoder's has no EOS token, or the slot is one that text, template or padding would use.
+        ValueError: a tokenizer has no vocabulary, the decoder's has no EOS token, or the slot's id is also used by
+        text, template or padding.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Causal2VecProcessor(ProcessorMixin):
         num_slots: int = 1,
     ):
         super().__init__(tokenizer, encoder_tokenizer)
-        self.encoder_tokenizer = encoder_tokenizer  # also where a processor without encoder does not have it
+        self.encoder_tokenizer = encoder_tokenizer  # set even where the parent class does not, without an encoder
         self.contextual_token_id = contextual_token_id
         self.template_prefix = template_prefix
         self.template_suffix = template_suffix
@@ -143,17 +145,17 @@ class Causal2VecProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            texts (`str` or list of `str`): What to embed; a string is a batch of one. Any string is fine.
-            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text.
-            examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` and
-                optionally its own `"instruction"`; they become part of the prefix. A list of such lists gives each text its
-                own.
-            max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
+            texts (`str` or list of `str`): The texts to embed; a string is a batch of one. Any string is accepted.
+            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text. examples (list of
+            `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` with an optional
+            `"instruction"` of its own; they become part of the prefix. A list of such lists gives each text its own
+            examples. max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to
+            `max_seq_length`, with
                 examples to `icl_max_seq_length`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
             truncation (`bool`, defaults to `True`): Cut texts that are too long; `False` refuses them.
-            return_prefix_ids (`bool`, defaults to `False`): Return what all rows begin with apart from them, so that
-                `forward` reads it once. Rows are then padded on the right.
+            return_prefix_ids (`bool`, defaults to `False`): Return the prefix that all rows share separately, so that
+            `forward` reads it once. Rows are then padded on the right.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
@@ -161,9 +163,9 @@ class Causal2VecProcessor(ProcessorMixin):
             with `return_prefix_ids` also `prefix_ids` (1, prefix_len), of length 0 where rows begin differently.
 
         Raises:
-            TypeError: something that should be a string is not, or `max_length` is no integer.
-            ValueError: as many instructions as texts were expected, the prefix leaves no room for text, or a text is too
-                long and may not be cut.
+            TypeError: an argument that should be a string is not, or `max_length` is not an integer. ValueError: the
+            number of instructions differs from that of texts, the prefix leaves no room for text, or a text is too long
+            and `truncation=False`.
         """
         rows = self.rows(texts, instruction, examples, max_length)
         if not truncation:
@@ -242,7 +244,7 @@ class Causal2VecProcessor(ProcessorMixin):
         examples: Sequence[dict] | None = None,
         max_length: int | None = None,
     ) -> Iterator[tuple[str, ...]]:
-        """For each of any number of texts, the towers that read only its beginning."""
+        """Yields, for each text, the towers that read only its beginning."""
         instructions = broadcast_instruction(instruction, len(texts))
         for start in range(0, len(texts), CHUNK):
             part = slice(start, start + CHUNK)
@@ -250,7 +252,7 @@ class Causal2VecProcessor(ProcessorMixin):
 
     @staticmethod
     def refuse_cut(cut: Iterable[tuple[str, ...]], limits: dict[str, int]) -> None:
-        """Raises ValueError that names the first text of which a tower reads only the beginning."""
+        """Raises ValueError that names the first text that would be truncated."""
         for position, towers in enumerate(cut):
             if towers:
                 raise ValueError(
@@ -276,14 +278,14 @@ class Causal2VecProcessor(ProcessorMixin):
         return names if self.encoder_tokenizer is not None else names[:2]
 
     def encode_prefix(self, instruction: str | None = None, examples: Sequence[dict] | None = None) -> list[int]:
-        """Ids of everything before the text but the slot. The same for every text of a task."""
+        """Ids of everything before the text except the slot; the same for every text of a task."""
         before, behind = self._encode_parts(instruction, examples)
         return before + behind
 
     def fit_examples(
         self, instruction: str | None, examples: Sequence[dict], max_length: int | None = None
     ) -> Sequence[dict]:
-        """The first of the examples, as many as leave a quarter of a row, at most 512 tokens, to the text."""
+        """As many leading examples as leave a quarter of the row, at most 512 tokens, for the text."""
         limit = max_length or self.icl_max_seq_length
         room = min(512, limit // 4)
         while examples and len(self.encode_prefix(instruction, examples)) > limit - room:
@@ -317,7 +319,7 @@ class Causal2VecProcessor(ProcessorMixin):
 
     @staticmethod
     def _encode_plain(tokenizer, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that come from users: what looks like a control token is encoded as the text it is."""
+        """Ids of user text: what looks like a control token is encoded as plain text."""
         return _plain(tokenizer, [_clean(text) for text in texts])["input_ids"] if texts else []
 
     def _encode_trusted(self, template: str) -> list[int]:
@@ -329,6 +331,7 @@ class Causal2VecProcessor(ProcessorMixin):
 class DecoderProcessor(Causal2VecProcessor):
     """[`Causal2VecProcessor`] without the encoder's tokenizer: `input_ids` and `attention_mask` alone."""
 
+    # transformers saves what the signature names, and loads what `__code__` does: the list cannot be its parent's.
     def __init__(
         self,
         tokenizer,
@@ -342,48 +345,27 @@ class DecoderProcessor(Causal2VecProcessor):
         contextual_position: str = "after_instruction",
         num_slots: int = 0,
     ):
-        super().__init__(
-            tokenizer,
-            None,
-            contextual_token_id,
-            template_prefix,
-            template_suffix,
-            text_prefix,
-            max_seq_length,
-            icl_max_seq_length,
-            encoder_max_seq_length,
-            contextual_position,
-            num_slots,
-        )
+        settings = {name: value for name, value in locals().items() if name in PROCESSOR_SETTINGS}
+        super().__init__(tokenizer, None, **settings)
 
+
+PROCESSOR_SETTINGS = tuple(inspect.signature(Causal2VecProcessor.__init__).parameters)[3:]  # behind both tokenizers
 
 CHUNK = 1024  # texts that `towers_cut` tokenizes at a time
-CHARS_PER_TOKEN = 8  # of a long text; so many characters nearly always hold as many tokens as are read, or more
-UNSETTLED = 4  # last words of a text's beginning whose tokens may depend on what follows
-
-PROCESSOR_SETTINGS = (
-    "contextual_token_id",
-    "template_prefix",
-    "template_suffix",
-    "text_prefix",
-    "max_seq_length",
-    "icl_max_seq_length",
-    "encoder_max_seq_length",
-    "contextual_position",
-    "num_slots",
-)
+CHARS_PER_TOKEN = 8  # of a long text: enough characters for the tokens that are read, nearly always
+UNSETTLED = 4  # trailing words whose tokens may depend on the text that follows
 
 
 def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder: str = "", **hub_kwargs):
     """
-    Loads the tokenizers that stand beside a saved model. The sub-configurations say which classes they have, so no
-    remote code is asked for.
+    Loads the tokenizers saved with a model. The sub-configurations determine their classes, so no remote code is
+    needed.
 
     Returns:
         The decoder's tokenizer and the encoder's, which is `None` where there is no `encoder_config`.
 
     Raises:
-        OSError: one of them is not there. `AutoTokenizer` alone would make up an empty one.
+        OSError: one of them is missing. `AutoTokenizer` alone would return an empty one.
     """
     tokenizers = []
     for config, folder in ((decoder_config, ""), (encoder_config, "encoder_tokenizer")):
@@ -398,7 +380,7 @@ def load_tokenizers(folder_or_id: str, encoder_config, decoder_config, subfolder
 
 def format_examples(examples: Sequence[dict] | None, instruction: str | None) -> str:
     """
-    In-context examples as the prefix carries them (bge-en-icl's format), each followed by a blank line.
+    In-context examples formatted for the prefix (bge-en-icl's format), each followed by a blank line.
 
     Raises:
         TypeError: an example is not a dict of strings.
@@ -467,12 +449,11 @@ def broadcast_instruction(instruction: str | Sequence[str | None] | None, count:
 
 def first_ids(tokenizer, texts: Sequence[str], limit: int, prefix: str = "") -> list[list[int]]:
     """
-    The first `limit` ids of each text with its prefix, or all where it has fewer. What looks like a control token is
-    encoded as the text it is.
+    The first `limit` ids of each text with its prefix. What looks like a control token is encoded as plain text.
 
-    Of a long text only the beginning is tokenized, up to white space and some words further than ids are kept. What
-    follows changes none of them, as tokenizers look no further for the end of a word. Where words do not end, the whole
-    text is tokenized.
+    Only the beginning of a long text is tokenized, up to white space a few words beyond the ids that are kept. The rest
+    cannot change them, since tokenizers look no further than the end of a word. A text without white space is tokenized
+    whole.
     """
     if not texts:
         return []
@@ -504,7 +485,7 @@ def _beginning(text: str, size: int) -> str:
 
 
 def _is_settled(tokenizer, encoding, count: int) -> bool:
-    """Whether an encoding's first tokens, `count` of them, stay what they are, whatever follows its text."""
+    """Whether the first `count` tokens of an encoding stay the same whatever text follows."""
     words, tokens = encoding.word_ids, encoding.tokens
     starts = [i for i in range(1, len(words)) if words[i] != words[i - 1]]
     if not _leaves(starts, count):  # perhaps the whole text is one word, with ▁ for spaces, as for Llama 2 and Gemma
@@ -514,7 +495,7 @@ def _is_settled(tokenizer, encoding, count: int) -> bool:
 
 
 def _leaves(starts: list[int], count: int) -> bool:
-    """Whether at least `count` tokens stand before the last words, which may still change."""
+    """Whether at least `count` tokens come before the last words, which may still change."""
     return len(starts) >= UNSETTLED and starts[-UNSETTLED] >= count
 
 
@@ -522,21 +503,23 @@ _JOINED: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _joined_to_spaces(tokenizer) -> set[str]:
-    """The characters that stand before a space within some token, so that a token may reach over the end of a word."""
+    """
+    The characters that precede a space inside some token, across which a token may therefore extend over a word's end.
+    """
     if tokenizer not in _JOINED:
         _JOINED[tokenizer] = {c for token in tokenizer.get_vocab() for c in re.findall("(?s).(?=▁)", token)}
     return _JOINED[tokenizer]
 
 
 def ids_around(tokenizer) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and behind a text, such as [CLS] and [SEP]."""
+    """The ids that a tokenizer adds before and after a text, such as [CLS] and [SEP]."""
     whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     start = next(i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text)
     return whole[:start], whole[start + len(text) :]
 
 
 def count_cut(cut: Iterable[tuple[str, ...]]) -> Counter:
-    """How many texts (`"texts"`) are read only in part, and how many by the `"decoder"` and by the `"encoder"`."""
+    """How many texts are truncated (`"texts"`), and by which tower (`"decoder"`, `"encoder"`)."""
     counts = Counter()
     for towers in cut:
         counts.update(towers)

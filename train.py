@@ -3,9 +3,9 @@
     python train.py recipes/smollm2-135m.json
     python train.py recipes/smollm2-135m.json --output_dir runs/mine --resume
 
-A recipe is a JSON file of the arguments in training/arguments.py; flags behind it win over it. Everything around the loss
-is transformers' Trainer: logging, checkpoints, resuming, accelerate, FSDP. Left in `output_dir`: `model/` (a complete
-folder that loads with AutoModel), with LoRA also `adapter/` (for PeftModel), `training.json` and `training.png`.
+A recipe is a JSON file of the arguments in training/arguments.py; flags after it override it. Everything around the
+loss is transformers' Trainer: logging, checkpoints, resuming, accelerate, FSDP. `output_dir` receives `model/` (a
+complete folder for AutoModel), with LoRA also `adapter/` (for PeftModel), `training.json` and `training.png`.
 """
 
 import json
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Runs a training, with further callbacks if wanted; returns the folder of the trained model."""
+    """Runs a training, with optional further callbacks; returns the folder of the trained model."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model_args, data_args, args = parse(sys.argv[1:] if argv is None else argv)
     if args.dry_run:
@@ -62,7 +62,10 @@ def run(
     checkpoint: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Reads the data into `cache_dir`, trains from a checkpoint or from the start, and saves; or only prints the plan."""
+    """
+    Caches the data in `cache_dir`, trains from a checkpoint or from the start, and saves; with `--dry_run` only prints
+    the plan.
+    """
     arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict()}  # as given; some are changed below
     output = Path(args.output_dir)
     set_seed(args.seed)
@@ -70,6 +73,7 @@ def run(
     base = load_model(model_args)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base", args, resuming=checkpoint is not None)
+    loss = InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size)
     model = choose_parameters(base, model_args)
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
@@ -112,7 +116,7 @@ def run(
         train_dataset=batches if data_args.streaming else data,
         eval_dataset=data if dev_sets else None,  # Trainer wants one; evaluate() reads dev_sets
         data_collator=collator,
-        loss=InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size),
+        loss=loss,
         sampler=None if data_args.streaming else batches,
         dev_sets=dev_sets,
         mini_batch_size=mini_batch_size,
@@ -129,10 +133,10 @@ def load_data(
     args: DataArguments, training: Causal2VecTrainingArguments, cache_dir: str | Path
 ) -> tuple[TrainingData, list]:
     """
-    The training data, of which an Arrow copy is kept in `cache_dir`, and the dev sets.
+    The training data, with an Arrow copy in `cache_dir`, and the dev sets.
 
     Raises:
-        ValueError: see `read_data_file` and `load_rows`; or rows are to be held out of a stream.
+        ValueError: see `read_data_file` and `load_rows`; or rows cannot be held out of a stream.
     """
     if args.data_file is None:
         raise ValueError("--data_file is missing: a JSON list of datasets, such as recipes/data/bundled.json.")

@@ -31,7 +31,7 @@ from encoding_utils import cut, sorted_batches
 from evaluation.plots import new_figure, save_figure
 from modeling_causal2vec import Causal2VecModel
 from runtime_utils import default_device, has_fast_bfloat16
-from saving_utils import write_json, write_text
+from saving_utils import read_json, write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def sentences_of_the_repository() -> list[str]:
 
 
 def read_instruction(task: str) -> str:
-    instructions = json.loads((ROOT / "instructions.json").read_text())
+    instructions = read_json(ROOT / "instructions.json")
     instruction = instructions.get(task, "Retrieve semantically similar text")
     return next(iter(instruction.values())) if isinstance(instruction, dict) else instruction
 
@@ -110,7 +110,7 @@ def read_instruction(task: str) -> str:
 def read_examples(examples_dir: str | None, task: str, texts: list[str]) -> list[dict]:
     path = Path(examples_dir, f"{task}.json") if examples_dir else None
     if path and path.exists():
-        return [{"query": e["query"], "response": e["response"]} for e in json.loads(path.read_text())]
+        return [{"query": e["query"], "response": e["response"]} for e in read_json(path)]
     return [{"query": texts[-i], "response": texts[-i - 1]} for i in range(1, 11, 2)]
 
 
@@ -639,7 +639,7 @@ def load(args, decoder_config: str | None, dtype: str | None = None) -> Causal2V
     if decoder_config is not None:
         from transformers import AutoConfig
 
-        values = json.loads(Path(decoder_config).read_text())
+        values = read_json(decoder_config)
         values["vocab_size"] = model.decoder.config.vocab_size
         processor, encoder = model.processor, model.encoder
         kept = (

@@ -10,13 +10,12 @@ times 100. Left in --output: storage.json, storage.md and storage.png.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.plots import new_figure, save_figure
-from saving_utils import write_json, write_text
+from saving_utils import read_json, write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict:
     from training.dev import STSDev, load_pack
 
     model = Causal2VecModel.from_pretrained(args.model).to(default_device())
-    instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
+    instructions = read_json(ROOT / "instructions.json")
     full = model.config.embedding_size
     dims = [dim for dim in (full, full // 2, full // 4, full // 8) if dim % 16 == 0]
     rows = [{"dim": d, "precision": p, "bytes": d * bits / 8, "scores": {}} for d in dims for p, bits in BITS.items()]
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.redraw:
-        write(json.loads((args.redraw / "storage.json").read_text(encoding="utf-8")), args.redraw)
+        write(read_json(args.redraw / "storage.json"), args.redraw)
     else:
         results = measure(args)
         write(results, args.output)

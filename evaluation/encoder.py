@@ -1,8 +1,7 @@
-"""A Causal2Vec checkpoint, or any sentence-transformers model, as mteb wants it.
+"""Wraps a Causal2Vec checkpoint, or any sentence-transformers model, for mteb.
 
-An instruction stands before queries of retrieval and reranking, not before documents, and before all texts of the other
-tasks. Invariants: a task without an instruction is an error; vectors and similarities are fp32 whatever the model's
-dtype.
+In retrieval and reranking only queries get the instruction; in all other tasks every text does. Invariants: a task
+without an instruction is an error; vectors and similarities are fp32 whatever the model's dtype.
 """
 
 import contextlib
@@ -18,17 +17,19 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+from saving_utils import read_json
 
-CHUNK = 4096  # texts between which progress is told and vectors are kept
+
+CHUNK = 4096  # texts per progress message and cache write
 
 
 class Instructions:
     """
-    The instruction of a task and a side. Queries and the texts of symmetric tasks have one, documents do not.
+    The instruction of a task and a side. Queries and texts of symmetric tasks have one, documents have none.
 
     Args:
-        table: Task name -> instruction; a dict with `query` and `document` says it for each side.
-        source: Where the table comes from, for errors.
+        table: Task name -> instruction, or a dict with `query` and `document` for the two sides. source: The origin of
+        the table, for error messages.
     """
 
     def __init__(self, table: Mapping[str, str | dict], source: str = "the table"):
@@ -38,7 +39,7 @@ class Instructions:
     @classmethod
     def read(cls, file: str | Path, tasks: Sequence) -> "Instructions":
         """
-        From a file, and from the `task.json` of tasks that the file does not name.
+        Reads a file, and the `task.json` of tasks that the file does not name.
 
         Raises:
             ValueError: a task has no instruction; names all of them.
@@ -75,7 +76,7 @@ class Examples:
 
     @classmethod
     def read(cls, folder: str | Path | None, tasks: Sequence) -> "Examples":
-        """From `folder/<task>.json`. Raises FileNotFoundError that names every task without a file."""
+        """Reads `folder/<task>.json`. Raises FileNotFoundError that names every task without a file."""
         if folder is None:
             return cls({})
         missing = [task.name for task in tasks if not (Path(folder) / f"{task.name}.json").is_file()]
@@ -93,7 +94,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Noise:
-    """Text that has nothing to do with any task. Which line a text gets depends on the text and the seed alone."""
+    """Lines of unrelated text. The line appended to a text depends only on the text and the seed."""
 
     lines: tuple[str, ...]
     seed: int
@@ -138,22 +139,22 @@ class Causal2VecBackend:
 
     @property
     def truncated(self) -> Counter:
-        """How many texts were read only in part (`"texts"`; by either tower), of how many encoded so far (`"of"`)."""
+        """How many texts were truncated (`"texts"`; by either tower), and how many were encoded so far (`"of"`)."""
         return Counter(self.model.truncated, of=self.encoded)
 
     def count_truncated(self, texts: list[str], instruction: str | None, examples: list[dict] | None) -> Counter:
-        """The same of other texts, which need no vectors."""
+        """The same for other texts, without embedding them."""
         from tokenization_utils import count_cut
 
         cut = self.model.processor.towers_cut(texts, instruction, examples, self.max_length)
         return count_cut(cut) + Counter(of=len(texts))
 
     def rows(self, texts: list[str], instruction: str | None, examples: list[dict] | None):
-        """What the model reads."""
+        """The rows that the model reads."""
         return self.model.processor(texts, instruction=instruction, examples=examples, max_length=self.max_length)
 
     def fit(self, instruction: str | None, examples: list[dict] | None) -> list[dict] | None:
-        """As many of the examples as leave a quarter of the longest sequence, at most 512 tokens, to the text."""
+        """As many examples as leave a quarter of the longest sequence, at most 512 tokens, for the text."""
         return self.model.processor.fit_examples(instruction, examples or [], self.max_length) or None
 
     def describe(self, text: str, instruction: str | None, examples: list[dict] | None) -> dict[str, str]:
@@ -203,16 +204,14 @@ class SentenceTransformerBackend:
 @dataclass
 class MTEBEncoder:
     """
-    What mteb calls: its encoder protocol around one of the models above.
+    mteb's encoder protocol around one of the models above.
 
     Args:
         backend: The model.
         mteb_model_meta: mteb's description of it. Name and revision are its identity.
-        settings: Everything else that a vector depends on, and what results call the model (`label`).
-        instruction_for: From a task's metadata and a side to an instruction.
-        examples_for: From a task's metadata and an instruction to in-context examples.
-        batch_size: Texts per forward pass.
-        cache_dir: Where to keep vectors; nowhere by default.
+        settings: Everything else that a vector depends on, and the model's display name (`label`). instruction_for:
+        Maps a task's metadata and a side to an instruction. examples_for: Maps a task's metadata and an instruction to
+        in-context examples. batch_size: Texts per forward pass. cache_dir: Folder of the vector cache; none by default.
         noise: What to append to every text.
     """
 
@@ -236,7 +235,7 @@ class MTEBEncoder:
         return self.embed(texts, task_metadata, side)
 
     def embed(self, texts: list[str], task_metadata, side: str | None):
-        """Vectors of one side of a task, computed in chunks, which are cached, and shared out among processes."""
+        """Vectors of one side of a task, computed in cached chunks that are distributed over processes."""
         import numpy as np
 
         instruction, examples = self.prompt(task_metadata, side)
@@ -268,12 +267,12 @@ class MTEBEncoder:
         return np.concatenate(vectors)
 
     def prompt(self, task_metadata, side: str | None) -> tuple[str | None, list[dict] | None]:
-        """Instruction and examples that stand before the texts of one side of a task."""
+        """The instruction and examples that precede the texts of one side of a task."""
         instruction = self.instruction_for(task_metadata, side)
         return instruction, self.backend.fit(instruction, self.examples_for(task_metadata, instruction))
 
     def _embed_chunk(self, texts: list[str], instruction: str | None, examples: list[dict] | None, side: str | None):
-        """Vectors of texts, and the count of those read only in part."""
+        """Vectors of texts, and how many were truncated."""
         import numpy as np
 
         cache, known = None, {}
@@ -297,7 +296,7 @@ class MTEBEncoder:
         return np.stack([known[text] for text in texts]), counts
 
     def with_noise(self, noise: Noise) -> "MTEBEncoder":
-        """The same model with noise in its inputs; its results are kept apart."""
+        """The same model with noise in its inputs; its results are stored separately."""
         meta = self.mteb_model_meta.model_copy(update={"experiment_kwargs": {"noise": noise.digest}})
         return replace(self, noise=noise, mteb_model_meta=meta, lengths=[], truncated=Counter())
 
@@ -313,8 +312,8 @@ class MTEBEncoder:
 
 class VectorCache:
     """
-    Vectors of texts on disk, in one SQLite file per model and prompt, so that a text of several tasks or of an interrupted
-    one is embedded once. Several processes may write; what is there was written whole.
+    A cache of vectors on disk, one SQLite file per model and prompt, so that a text shared by tasks, or seen before an
+    interruption, is embedded once. Several processes may write; entries are always complete.
     """
 
     def __init__(self, file: Path):
@@ -331,7 +330,7 @@ class VectorCache:
             yield database
 
     def read(self, texts: list[str]) -> dict:
-        """Text -> fp32 `(dim,)`, of those that are there."""
+        """Text -> fp32 `(dim,)`, for the texts that are cached."""
         import numpy as np
 
         found = {}
@@ -364,7 +363,7 @@ def ranks() -> tuple[int, int]:
 
 
 def gather(mine: dict) -> dict:
-    """The union of what all processes have."""
+    """The union of all processes' dictionaries."""
     _, world = ranks()
     if world == 1:
         return mine
@@ -376,7 +375,7 @@ def gather(mine: dict) -> dict:
 
 
 def start_processes() -> str | None:
-    """Joins the processes that torchrun started; returns this one's device, if it has one of its own."""
+    """Joins the process group of torchrun; returns this process's device, if it has its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     import torch
@@ -384,22 +383,14 @@ def start_processes() -> str | None:
     from runtime_utils import default_device
 
     if not torch.distributed.is_initialized():
-        # Gloo, for vectors are on the CPU when they are exchanged; patient, for a chunk may take long.
+        # Gloo, since vectors are exchanged on the CPU, with a long timeout, since a chunk may take long.
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
     device = default_device().type
     return None if device == "cpu" else f"{device}:{os.environ['LOCAL_RANK']}"
 
 
-def read_json(file: str | Path):
-    """Raises ValueError that names the file when it is not JSON."""
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-
-
 def log(message: str) -> None:
-    """To standard error, once for all processes."""
+    """Logs to standard error, from the first process only."""
     if ranks()[0] == 0:
         print(message, file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Which model is scored: found by folder, Hub id or package, and told apart by a hash of its weights, tokenizers and code.
+"""Which model is scored: found by folder, Hub id or package, identified by a hash of its weights, tokenizers and code.
 
 Invariant: two different local checkpoints never have the same name and revision.
 """
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from evaluation.encoder import Causal2VecBackend, Instructions, MTEBEncoder, SentenceTransformerBackend, read_json
-from saving_utils import code_identity, holds_weights, resolve_base
+from evaluation.encoder import Causal2VecBackend, Instructions, MTEBEncoder, SentenceTransformerBackend
+from saving_utils import code_identity, holds_weights, read_json, resolve_base
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is, and what it is called."""
+    """A model's location and name."""
 
     path: str  # folder or Hub id
     name: str
@@ -29,7 +29,7 @@ class Location:
 
 def locate(model: str, revision: str | None = None, name: str | None = None) -> Location:
     """
-    Finds a model and its identity, without loading it.
+    Finds a model and its identity without loading it.
 
     Raises:
         FileNotFoundError: no such folder, package or file `config.json`.
@@ -79,10 +79,10 @@ def package_model(package: str) -> Path:
 
 def folder_identity(folder: Path, is_causal2vec: bool) -> str:
     """
-    A hash of what determines a local model's vectors: weights, configurations, tokenizers, a local base that an adapter is
-    of and, for ours, the code.
+    A hash of everything that determines a local model's vectors: weights, configurations, tokenizers, an adapter's
+    local base and, for Causal2Vec, the code.
 
-    Two different checkpoints never have the same one. Comments, docstrings and files of other kinds have no part in it.
+    Comments, docstrings and other files do not affect it.
     """
     patterns = ("*.safetensors", "*.bin", "*config*.json", "modules.json", "*.safetensors.index.json", "*.model")
     patterns += ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -108,7 +108,7 @@ def folder_identity(folder: Path, is_causal2vec: bool) -> str:
 
 
 def decoder_alone(model):
-    """The decoder of a model without encoder and Contextual token, the baseline `last_token`: weights are shared."""
+    """The decoder of a model as the baseline `last_token`, without encoder and Contextual token; weights are shared."""
     from configuration_causal2vec import Causal2VecConfig
     from modeling_causal2vec import Causal2VecModel
     from tokenization_utils import Causal2VecProcessor
@@ -132,7 +132,7 @@ def load_backend(
     max_length: int | None = None,
     normalize: bool = True,
 ):
-    """Loads the model: ours with the code of this clone, others with sentence-transformers."""
+    """Loads the model, with this clone's code if it is Causal2Vec's, else with sentence-transformers."""
     import torch
 
     from runtime_utils import default_device
@@ -156,18 +156,18 @@ def load_backend(
 
 def register(model: str, revision: str | None = None, name: str | None = None) -> str:
     """
-    Makes a checkpoint known to mteb, so that `mteb.get_model(register(model))` loads it. Weights are not read yet.
+    Registers a checkpoint with mteb, so that `mteb.get_model(register(model))` loads it. Weights are not read yet.
 
     Args:
         model: A folder or Hub id of Causal2Vec.
         revision: Of a Hub id: branch, tag or commit.
-        name: What mteb calls it, `owner/name`. Defaults to the Hub id, or `local/` and the folder's name.
+        name: The model's name in mteb, `owner/name`. Defaults to the Hub id, or `local/` and the folder's name.
 
     Returns:
         The name.
 
     Raises:
-        ValueError: the checkpoint is not one of Causal2Vec's; `mteb.get_model` loads such models by itself.
+        ValueError: not a Causal2Vec checkpoint; `mteb.get_model` loads other models by itself.
     """
     import torch
     from mteb.models.model_implementations import MODEL_REGISTRY
@@ -190,14 +190,14 @@ def load_for_mteb(
     name: str, revision: str | None = None, device: str | None = None, path: str | None = None, **kwargs
 ) -> MTEBEncoder:
     """
-    The loader in our `ModelMeta`: `mteb.get_model` and `mteb.evaluate(meta, tasks)` come here.
+    The loader in our `ModelMeta`, called by `mteb.get_model` and `mteb.evaluate(meta, tasks)`.
 
     Args:
         name: What mteb calls the model.
         path: Folder or Hub id. Defaults to the name.
 
     Raises:
-        ValueError: the folder is no longer what `revision` stands for.
+        ValueError: the folder has changed since `revision` was computed.
     """
     location = locate(path or name, revision, name if path else None)
     if location.commit is None and revision not in (None, location.revision):
@@ -238,7 +238,7 @@ def model_meta(location: Location, backend):
 
 
 def training_datasets(location: Location) -> set[str] | None:
-    """What the model card of a folder names under `datasets`; None when it does not say."""
+    """The `datasets` in the model card of a folder; None if it names none."""
     card = Path(location.path) / "README.md"
     if not card.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What a model is given and how long it is: prompts, token counts and norms of a few texts of each task."""
+"""Inspects a model's inputs: prompts, token counts and norms for a few texts of each task."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from saving_utils import write_json
 
 
 class _Enough(Exception):
-    """Ends a task whose texts have been seen."""
+    """Stops a task once its texts have been collected."""
 
 
 class TextCollector:
-    """An encoder for mteb that keeps the texts it is given, and ends the task when it has seen every side."""
+    """An mteb encoder that collects texts, and stops the task once it has seen every side."""
 
     def __init__(self, sides: set, mteb_model_meta):
         self.sides, self.mteb_model_meta = sides, mteb_model_meta
@@ -37,7 +37,7 @@ class TextCollector:
 
 
 def collect_texts(task, sides: Sequence[str | None], encoder: MTEBEncoder) -> dict[str | None, list[str]]:
-    """The texts that mteb gives to a model, per side; of an aggregate's first part."""
+    """The texts that mteb passes to a model, per side; for an aggregate, those of its first part."""
     leaf = task.leaves()[0]
     collector = TextCollector(set(sides), encoder.mteb_model_meta)
     try:
@@ -52,7 +52,7 @@ def collect_texts(task, sides: Sequence[str | None], encoder: MTEBEncoder) -> di
 
 
 def prompts_of(encoder: MTEBEncoder, tasks: Sequence) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Task, side, and what the model reads of that side's first text."""
+    """Yields task, side, and what the model reads for that side's first text."""
     for task in tasks:
         sides = ("query", "document") if task.type in ("Retrieval", "Reranking") else (None,)
         texts = collect_texts(task, sides, encoder)
@@ -75,7 +75,7 @@ def analyze(encoder: MTEBEncoder, tasks: Sequence, output: str | Path, count: in
         `lengths` and `norms`, each task -> numbers; also written as JSON, with a PNG of each.
 
     Raises:
-        ValueError: `output` holds another model's, or those of another setting.
+        ValueError: `output` holds results of another model or setting.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Folders of data on this machine: what stands for their content, and a cache that goes by it."""
+"""Local data folders: a revision computed from their content, and a cache keyed by it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def folder_revision(folder: Path) -> str:
-    """Stands for the content of a local dataset, as a commit does for one on the Hub."""
+    """A hash of a local dataset's content, the counterpart of a commit on the Hub."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
@@ -21,8 +21,8 @@ def folder_revision(folder: Path) -> str:
 @contextmanager
 def own_cache(revision: str) -> Iterator[None]:
     """
-    Gives each content of a local folder a cache of its own: that of `datasets` goes by the folder's name, and would give
-    out what another folder of this name held, or the same one before it was changed.
+    Keys the cache of `datasets` by content. By default it is keyed by the folder's name, and would return the data of
+    another folder of that name, or of the same folder before a change.
     """
     import datasets
 

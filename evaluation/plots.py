@@ -1,4 +1,4 @@
-"""Pictures: the one way to a figure and a file, and what is drawn of results."""
+"""Figures: how they are made and saved, and the plots of results."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -8,13 +8,20 @@ from statistics import fmean
 from saving_utils import new_files
 
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito: told apart by all eyes
+COLORS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)  # Okabe and Ito, safe for colour-blind readers
 
 
 def new_figure(width: float, height: float, **grid):
     """
-    A figure with one plain pair of axes, or a grid of them as `Figure.subplots` takes and returns it. It opens no window
-    and leaves matplotlib's own state alone.
+    A figure with one plain pair of axes, or a grid as for `Figure.subplots`. Opens no window and leaves matplotlib's
+    global state alone.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,13 +36,13 @@ def new_figure(width: float, height: float, **grid):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes a picture that replaces an older one only when it is complete."""
+    """Saves a figure atomically."""
     with new_files(path.parent) as folder:
         figure.savefig(folder / path.name)
 
 
 def plot_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path) -> None:
-    """A group of bars per entry of `groups`, one bar in each for every series, with its number above it."""
+    """Grouped bars: one group per entry of `groups`, one labelled bar per series."""
     width = 0.8 / len(series)
     figure, axes = new_figure(max(6.0, 1.0 + len(groups) * (0.45 + 0.42 * len(series))), 4.2)
     for i, (name, values) in enumerate(series.items()):
@@ -56,7 +63,7 @@ def plot_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], labe
 def plot_task_bars(
     tasks: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str, path: Path
 ) -> None:
-    """As `plot_bars`, lying down: room for many tasks with long names."""
+    """Horizontal bars, with room for many tasks with long names."""
     width = 0.8 / len(series)
     figure, axes = new_figure(7.5, 1.3 + len(tasks) * (0.12 + 0.15 * len(series)))
     for i, (name, values) in enumerate(series.items()):

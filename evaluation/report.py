@@ -1,11 +1,10 @@
-"""What results look like: the summary of one run, the comparison of several.
+"""Summaries of one run, and comparisons of several.
 
 Reads the files that `eval_mteb.py` leaves in its output folder; needs neither mteb nor a model. Invariants: a mean over
-an incomplete list of tasks says so and over how many, differences are taken over tasks that both have, and tasks of
-one's own never enter a mean of MTEB's.
+an incomplete list of tasks says so and over how many, differences are taken over tasks that both have, and custom tasks
+never enter an MTEB mean.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.plots import plot_categories, plot_tasks
-from saving_utils import new_files, write_json, write_text
+from saving_utils import new_files, read_json, write_json, write_text
 
 
 PAPER = Path(__file__).resolve().parent / "paper.json"
@@ -21,15 +20,15 @@ TABLE_START, TABLE_END = "<!-- results: start -->", "<!-- results: end -->"
 
 
 def load_paper() -> dict:
-    """The published scores, the 56 tasks by category (`categories`, `tasks`), and MTEB-MINI (`mini`)."""
-    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    """The paper's scores, the 56 tasks by category (`categories`, `tasks`), and MTEB-MINI (`mini`)."""
+    paper = read_json(PAPER)
     paper["tasks"] = {task: category for category, tasks in paper["categories"].items() for task in tasks}
     return paper
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model's main scores, times 100: over tasks of MTEB and over others, and over noisy inputs."""
+    """One model's main scores, times 100, on MTEB's tasks and others, and with noisy inputs."""
 
     name: str
     types: dict[str, str]  # task -> type, of all tasks below
@@ -41,10 +40,10 @@ class Run:
 
 def read_run(source: str | Path) -> Run:
     """
-    The results of an output folder, or published ones.
+    Reads the results of an output folder, or published ones.
 
     Args:
-        source: An output folder, what `export` made of one, or `paper:` and the name of a model of the paper.
+        source: An output folder, an exported one, or `paper:` and the name of a model in the paper.
 
     Raises:
         FileNotFoundError: there are no finished results.
@@ -73,13 +72,13 @@ def read_run(source: str | Path) -> Run:
 
 
 def read_records(folder: Path) -> tuple[dict, list[dict]]:
-    """The settings of an evaluation and what was recorded of each finished task, before or after `export`."""
+    """The settings of an evaluation and the records of its finished tasks, before or after `export`."""
     files, summary = sorted(folder.glob("records/*.json")), folder / "summary.json"
     if files:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        settings = read_json(folder / "settings.json")
+        records = [read_json(file) for file in files]
     else:
-        exported = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        exported = read_json(summary) if summary.is_file() else {}
         settings, records = exported.get("settings", {}), exported.get("records", [])
     records = [record for record in records if record["finished"]]
     if not records:
@@ -95,7 +94,7 @@ def task_order(task: str, category: str) -> tuple:
 
 def main_score(path: Path, splits: Iterable[str]) -> float:
     """The main score in one of mteb's result files, times 100."""
-    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    scores = read_json(path)["scores"]
     return 100 * fmean(entry["main_score"] for split in splits for entry in scores[split])
 
 
@@ -131,7 +130,7 @@ def benchmark_means(scores: Mapping[str, float]) -> dict[str, Mean]:
 
 
 def write_summary(output: str | Path) -> dict:
-    """Writes `summary.json` and `summary.md` of what is finished in an output folder; returns the former."""
+    """Writes `summary.json` and `summary.md` for the finished tasks of an output folder; returns the former."""
     output = Path(output)
     summary, text = summarize(output)
     write_json(output / "summary.json", summary)
@@ -141,11 +140,11 @@ def write_summary(output: str | Path) -> dict:
 
 def export(output: str | Path, target: str | Path) -> None:
     """
-    Writes what is finished in an output folder in a form to keep: `summary.md`, `summary.json` with the records too, and
-    in `tasks/` each result as mteb wrote it.
+    Exports the finished tasks of an output folder in a form worth keeping: `summary.md`, `summary.json` including the
+    records, and mteb's own results in `tasks/`.
 
     Raises:
-        ValueError: `target` holds results of tasks that `output` has not.
+        ValueError: `target` holds results of tasks that `output` lacks.
     """
     output, target = Path(output), Path(target)
     settings, records = read_records(output)
@@ -164,7 +163,7 @@ def export(output: str | Path, target: str | Path) -> None:
 
 
 def summarize(output: Path) -> tuple[dict, str]:
-    """What `summary.json` and `summary.md` say of an output folder."""
+    """The content of `summary.json` and `summary.md`."""
     run, (settings, _) = read_run(output), read_records(output)
     means = benchmark_means(run.scores)
     summary = {
@@ -239,7 +238,7 @@ def _task_table(run: Run, scores: Mapping[str, float]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose last columns, the numbers, stand to the right."""
+    """A Markdown table with right-aligned number columns."""
     is_number = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if right else "---" for right in is_number) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -251,7 +250,7 @@ def _is_number(cell: str) -> bool:
 
 
 def number(value: float | None, signed: bool = False) -> str:
-    """Two decimals, as in the paper; a dash for none."""
+    """Formats a score with two decimals, as in the paper; a dash for None."""
     return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
 
 
@@ -301,7 +300,9 @@ def compare(runs: Sequence[Run]) -> dict[str, list[dict]]:
 
 
 def _drop_rows(runs: Sequence[Run]) -> list[dict]:
-    """How much each run loses by noise, per task and on average, over the tasks that all have with and without it."""
+    """
+    How much each run loses under noise, per task and on average, over the tasks that all runs have in both conditions.
+    """
     drops = [{row["task"]: row["drop"] for row in noise_table(run) if row["task"] in run.noisy} for run in runs]
     shared = [task for task in drops[0] if all(task in other for other in drops)]
     rows = [_row(task, _type(runs, task), [drop[task] for drop in drops]) for task in shared]
@@ -348,10 +349,10 @@ def comparison_markdown(runs: Sequence[Run], rows: Mapping[str, list[dict]]) -> 
 
 def replace_table(text: str, table: str) -> str:
     """
-    `text` with `table` between the two lines that mark its place.
+    Replaces the part of `text` between two marker lines by `table`.
 
     Raises:
-        ValueError: a mark is missing.
+        ValueError: a marker is missing.
     """
     before, start, rest = text.partition(TABLE_START)
     _, end, after = rest.partition(TABLE_END)
@@ -366,7 +367,7 @@ def write_comparison(sources: Sequence[str], output: str | Path, readme: str | P
 
     Args:
         sources: What `read_run` takes.
-        readme: A Markdown file whose marked table is replaced too.
+        readme: A Markdown file whose marked table is updated too.
 
     Returns:
         The Markdown.

@@ -1,4 +1,4 @@
-"""One run: each task scored once, recorded with what it was scored with, resumed where it stopped."""
+"""One evaluation run: each task is scored once, recorded with its settings, and resumed after an interruption."""
 
 import json
 import platform
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from evaluation.encoder import MTEBEncoder, log, ranks, read_json, sha256
+from evaluation.encoder import MTEBEncoder, log, ranks, sha256
 from evaluation.report import read_run, write_summary
-from saving_utils import new_files, write_json
+from saving_utils import new_files, read_json, write_json
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(tasks: Sequence, encoders: Sequence[MTEBEncoder], output: str | Path, overwrite: bool = False) -> list[str]:
     """
-    Scores tasks, and keeps each result as soon as it is there.
+    Scores tasks and saves each result as soon as it is finished.
 
     Args:
         tasks: From `select_tasks`.
@@ -28,7 +28,7 @@ def run(tasks: Sequence, encoders: Sequence[MTEBEncoder], output: str | Path, ov
         overwrite: Score again what is finished.
 
     Returns:
-        The names of tasks that raised an error. The others have been scored.
+        The names of the tasks that failed. All others have been scored.
     """
     output = Path(output)
     check_settings(output, encoders[0].settings)
@@ -55,14 +55,14 @@ def run(tasks: Sequence, encoders: Sequence[MTEBEncoder], output: str | Path, ov
 
 def run_task(task, encoder: MTEBEncoder, output: Path, cache, overwrite: bool = False) -> dict:
     """
-    Scores one task, unless that is done; returns its record.
+    Scores one task unless it is finished; returns its record.
 
     Raises:
-        ValueError: what is there was made with other instructions, examples, noise or data.
+        ValueError: the existing result was made with other instructions, examples, noise or data.
     """
     import mteb
 
-    # an aggregate has a result of its own, and one of each part
+    # an aggregate has a result of its own and one per part
     names = list(dict.fromkeys([task.name, *(part.metadata.name for part in task.leaves())]))
     results = [cache.get_task_result_path(name, encoder.mteb_model_meta) for name in names]
     file = output / "records" / f"{task.name}{'.noise' if encoder.noise else ''}.json"
@@ -120,7 +120,7 @@ def run_task(task, encoder: MTEBEncoder, output: Path, cache, overwrite: bool = 
 
 
 def describe_task(task, encoder: MTEBEncoder) -> dict:
-    """What a result depends on besides the model."""
+    """Everything besides the model that a result depends on."""
     leaf = task.leaves()[0].metadata
     sides = ("query", "document") if task.type in ("Retrieval", "Reranking") else (None,)
     instructions, examples = {}, {}
@@ -146,7 +146,7 @@ def describe_task(task, encoder: MTEBEncoder) -> dict:
 
 
 def environment(encoder: MTEBEncoder) -> dict:
-    """Where and with what a result was made."""
+    """The environment that a result was produced in."""
     import torch
 
     device = next(encoder.backend.model.parameters()).device
@@ -161,7 +161,7 @@ def environment(encoder: MTEBEncoder) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `+` when files differ from it; None outside a git clone."""
+    """The git commit of this code, with `+` if files were changed; None outside a clone."""
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -184,7 +184,7 @@ def package_version(package: str) -> str | None:
 
 
 def check_settings(output: Path, settings: dict) -> None:
-    """Makes a folder that of one model in one setting. Raises ValueError when it belongs to another."""
+    """Ties a folder to one model in one setting. Raises ValueError if it belongs to another."""
     file = output / "settings.json"
     if file.exists():
         previous = read_json(file)
@@ -202,7 +202,7 @@ def check_settings(output: Path, settings: dict) -> None:
 
 
 def result_cache(output: Path, writes: bool = True):
-    """mteb's own store of results, whose files appear under their names only when they are complete."""
+    """mteb's store of results, with files that are written atomically."""
     from mteb.cache import ResultCache
 
     class AtomicResultCache(ResultCache):

@@ -1,8 +1,8 @@
 """Which tasks to score, and where their data is: on the Hub, or in local folders.
 
 A local folder holds one task in mteb's dataset layout: data files, and a README.md whose front matter lists them under
-`configs`. A folder that bears the name of an MTEB task is that task; one with a `task.json` (name, type, main_score,
-instruction, optionally eval_splits) is a task of one's own, with these columns:
+`configs`. A folder named like an MTEB task is that task; one with a `task.json` (name, type, main_score, instruction,
+optionally eval_splits) is a custom task, with these columns:
 
     Retrieval            configs corpus (_id, title, text), queries (_id, text), default (query-id, corpus-id, score)
     Reranking            the same, and top_ranked (query-id, corpus-ids)
@@ -12,13 +12,12 @@ instruction, optionally eval_splits) is a task of one's own, with these columns:
     STS                  sentence1, sentence2, score
     Summarization        text, human_summaries, machine_summaries, relevance (one number per machine summary)
 
-Invariants: what mteb's tasks say of themselves is shared by all of a process, and is never changed here; every folder
-that is missing is named before anything runs.
+Invariants: mteb's task metadata is shared by the whole process and never changed here; all missing folders are reported
+before anything runs.
 """
 
 import copy
 import difflib
-import json
 import os
 import random
 import re
@@ -37,13 +36,14 @@ from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from evaluation.local_data import folder_revision, own_cache
 from evaluation.report import load_paper
+from saving_utils import read_json
 
 
 BENCHMARK = "MTEB(eng, v1)"
 
 RANKED = r"(ndcg|map|recall|precision|mrr)_at_(1|3|5|10|20|100|1000)"
 CORRELATED = r"((cosine|manhattan|euclidean)_)?(pearson|spearman)"
-# Type of a task of one's own -> mteb's class, and the scores that it computes.
+# Type of a custom task -> mteb's class, and the scores that it computes.
 OWN_TYPES = {
     "Retrieval": (AbsTaskRetrieval, RANKED),
     "Reranking": (AbsTaskRetrieval, RANKED),
@@ -63,7 +63,7 @@ class EvalTask:
     """One task to score."""
 
     task: AbsTask
-    in_benchmark: bool  # one of the 56, and not a task of one's own
+    in_benchmark: bool  # one of the 56, not a custom task
     instruction: str | dict | None = None  # from a `task.json`
 
     @property
@@ -75,11 +75,11 @@ class EvalTask:
         return self.task.metadata.type
 
     def leaves(self) -> list[AbsTask]:
-        """The tasks that have data: the parts of an aggregate such as CQADupstackRetrieval, else the task itself."""
+        """The tasks that have data: the parts of an aggregate such as CQADupstackRetrieval, or the task itself."""
         return list(self.task.metadata.tasks) if self.task.is_aggregate else [self.task]
 
     def reseed(self) -> None:
-        """Starts the task's random numbers anew, so that a second evaluation draws the same samples."""
+        """Reseeds the task's random numbers, so that a second evaluation draws the same samples."""
         for task in self.leaves():
             task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
 
@@ -145,7 +145,7 @@ def select_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> li
 
 
 def _everything_in(data_dir: Path | None, benchmark: dict[str, AbsTask], own: dict[str, dict]) -> list[str]:
-    """The names of all tasks in a folder; an aggregate counts when all of its parts are there."""
+    """The names of all tasks in a folder; an aggregate counts if all of its parts are there."""
     if data_dir is None:
         raise ValueError("`--tasks all` means every folder of --data_dir; give one, or say `mteb56`.")
     folders = {folder.name for folder in data_dir.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
@@ -161,7 +161,7 @@ def _everything_in(data_dir: Path | None, benchmark: dict[str, AbsTask], own: di
 
 
 def _other_task(name: str, known: Sequence[str]) -> AbsTask:
-    """A task of mteb's outside the benchmark."""
+    """An mteb task outside the benchmark."""
     try:
         return mteb.get_task(name)
     except KeyError:
@@ -174,7 +174,7 @@ def _other_task(name: str, known: Sequence[str]) -> AbsTask:
 
 
 class _LocalData:
-    """Data of a local folder, by whose content the cache goes."""
+    """Reads data from a local folder, cached by content."""
 
     def load_data(self, *args, **kwargs) -> None:
         with own_cache(self.metadata.dataset["revision"]):
@@ -192,7 +192,7 @@ def redirect(task: AbsTask, data_dir: Path) -> AbsTask:
         folder = data_dir / task.metadata.name
         dataset = {**task.metadata.dataset, "path": str(folder), "revision": folder_revision(folder)}
         attributes["metadata"] = task.metadata.model_copy(update={"dataset": dataset})
-    # The metadata are those of a class, for mteb drops what an instance has when it unloads the data.
+    # Set on the class, since mteb drops an instance's attributes when it unloads the data.
     cls = type(type(task).__name__, (_LocalData, type(task)), attributes)
     redirected = cls.__new__(cls)
     vars(redirected).update(state)
@@ -200,7 +200,7 @@ def redirect(task: AbsTask, data_dir: Path) -> AbsTask:
 
 
 def own_task(spec: dict) -> EvalTask:
-    """A task of one's own, from what its `task.json` says."""
+    """A custom task, built from its `task.json`."""
     cls, _ = OWN_TYPES[spec["type"]]
     attributes = {}
     if cls is AbsTaskClusteringLegacy and not _holds_sets(spec["folder"], spec["eval_splits"][0]):
@@ -224,10 +224,7 @@ def own_task(spec: dict) -> EvalTask:
 
 
 def _read_task_json(file: Path) -> dict:
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    spec = read_json(file)
     missing = [key for key in ("name", "type", "main_score") if not isinstance(spec.get(key), str)]
     if missing:
         raise ValueError(f'{file} lacks {missing}; it needs "name", "type", "main_score" and "instruction".')
@@ -254,8 +251,8 @@ def _holds_sets(folder: Path, split: str) -> bool:
 
 def prefetch(tasks: Sequence[EvalTask], data_dir: str | Path, download: Callable | None = None) -> list[Path]:
     """
-    Fills a folder for `--data_dir` from the Hub, at the revisions that mteb names. Folders that are there are kept; a
-    folder appears under its name only when it is complete.
+    Downloads data for `--data_dir` from the Hub, at the revisions that mteb names. Existing folders are kept; a new one
+    appears only once it is complete.
 
     Args:
         download: Called like `huggingface_hub.snapshot_download`, which is the default.

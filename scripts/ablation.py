@@ -1,18 +1,17 @@
-"""Trains and scores the paper's ablations on one stated budget, and sets them beside the paper's numbers.
+"""Trains and scores the paper's ablations on one stated budget, and shows them beside the paper's numbers.
 
     make bases                                                           # once: the recipe's backbones
     python -m scripts.ablation --train_dir TRAIN --data_dir EVAL         # everything, three seeds; hours
     python -m scripts.ablation --train_dir TRAIN --data_dir EVAL --study pooling tokens --seeds 5
     python -m scripts.ablation --redraw                                  # table and picture from what is finished
 
-Every variant is the recipe with a few other arguments of train.py (`VARIANTS`), scored by eval_mteb.py's machinery. Each
-finished (variant, seed) leaves a JSON in `output/runs` and is never run again; models and data go to `--work`. Invariants:
-an output folder holds runs of one budget on one list of tasks; in a comparison all variants are scored on the same
-tasks, and differences are taken between runs of the same seed; what was not run says so.
+A variant is the recipe with a few changed arguments of train.py (`VARIANTS`), scored like eval_mteb.py does. Each
+finished (variant, seed) leaves a JSON in `output/runs` and is never run again; models and data go to `--work`.
+Invariants: an output folder holds runs of one budget on one list of tasks; variants are compared on the same tasks, and
+differences are taken between runs of the same seed; missing runs are shown as such.
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -22,11 +21,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import eval_mteb
-from evaluation.encoder import Noise, log, read_json
+from evaluation.encoder import Noise, log
 from evaluation.plots import new_figure, save_figure
 from evaluation.report import markdown_table, read_run
 from evaluation.run import environment, run
-from saving_utils import write_json, write_text
+from saving_utils import read_json, write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,10 +57,10 @@ VARIANTS: dict[str, dict] = {
     ),
     "causal2vec_on": {},
 }
-# Variants that start from the trained model of another one: it goes on as it is, or its decoder is joined to the encoder.
+# Variants that start from another one's trained model: they train it further, or join its decoder to the encoder.
 GO_ON, JOIN = {"last_token_on": "last_token"}, {"causal2vec_on": "last_token"}
 NOISY = ("last_token", "default")  # also scored with noise in their inputs
-ENCODER = "encoder:"  # what variants with an encoder of --encoders begin with
+ENCODER = "encoder:"  # prefix of variants with an encoder of --encoders
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def base_recipe(args: argparse.Namespace) -> dict:
-    """The recipe on this study's budget, with the paper's loss alone and without what costs time only."""
+    """The recipe on this study's budget, with the paper's loss alone and no time spent on extras."""
     recipe = read_json(args.recipe)
     recipe = recipe.get("recipe", recipe)
     if not {"encoder", "decoder"} <= set(recipe):
@@ -260,7 +259,7 @@ def base_recipe(args: argparse.Namespace) -> dict:
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
-    """The variants of the chosen studies that can be run, those that others start from first."""
+    """The variants of the chosen studies that can be run, in order of dependency."""
     chosen = [name for name in STUDIES if {name, "all"} & set(args.study)]
     variants = {row.variant for name in chosen for row in STUDIES[name][1]}
     if {"noise", "all"} & set(args.study):
@@ -273,7 +272,7 @@ def wanted(args: argparse.Namespace) -> list[str]:
 
 
 def study_settings(args: argparse.Namespace, recipe: dict, tasks: Sequence) -> dict:
-    """What all runs of an output folder have in common."""
+    """The settings shared by all runs of an output folder."""
     from training.card import without_machine_paths
 
     places = ("output_dir", "data_dir", "seed")
@@ -286,7 +285,7 @@ def study_settings(args: argparse.Namespace, recipe: dict, tasks: Sequence) -> d
 
 
 def check_settings(folders: Sequence[Path], settings: dict) -> None:
-    """Writes into folders what their runs have in common, unless one holds runs of another budget, which is a ValueError."""
+    """Records the shared settings in folders. Raises ValueError if one holds runs of another budget."""
     files = [folder / "settings.json" for folder in folders]
     for file in filter(Path.exists, files):
         found = read_json(file)
@@ -327,7 +326,7 @@ def variant_flags(args: argparse.Namespace, recipe: dict, variant: str) -> dict:
 
 
 def train_variant(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -> tuple[Path, dict]:
-    """The folder of a trained variant, which may be there already, and the facts of its training."""
+    """Trains a variant unless that was done; returns its folder and the facts of its training."""
     import train
 
     model = args.work / "models" / result_file(args.output, variant, seed).stem
@@ -369,7 +368,7 @@ def scores_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 def score(args: argparse.Namespace, tasks: Sequence, model: Path, variant: str, seed: int) -> dict:
     """
-    Main scores per task, times 100, with noise too where the noise test needs them.
+    Main scores per task, times 100, also with noise if the noise test needs them.
 
     Raises:
         RuntimeError: a task failed; running again repeats that task alone.
@@ -412,7 +411,7 @@ def read_runs(output: Path) -> Runs:
     """
     runs: Runs = {}
     for file in sorted((output / "runs").glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         runs.setdefault(record["variant"], {})[record["seed"]] = record
     if not runs:
         raise FileNotFoundError(f"{output} holds no finished run of this study.")
@@ -420,7 +419,7 @@ def read_runs(output: Path) -> Runs:
 
 
 def rows_of(study: str, runs: Runs) -> list[Row]:
-    """The rows of a study; encoders that the paper did not try have one each, too."""
+    """The rows of a study, including encoders that the paper did not try."""
     rows = STUDIES[study][1]
     if study != "encoders":
         return rows
@@ -429,7 +428,7 @@ def rows_of(study: str, runs: Runs) -> list[Row]:
 
 
 def shared_tasks(variants: Sequence[str], runs: Runs) -> list[str]:
-    """The tasks that all runs of these variants have a score for."""
+    """The tasks that all runs of these variants were scored on."""
     records = [record["scores"] for variant in variants for record in runs.get(variant, {}).values()]
     return [task for task in records[0] if all(task in scores for scores in records)] if records else []
 
@@ -464,7 +463,7 @@ def published(row: Row, first: Row) -> list[str]:
 
 
 def study_table(study: str, runs: Runs) -> str:
-    """One study: our scores and differences from its first row, beside the paper's."""
+    """One study's table: our scores and differences from the first row, beside the paper's."""
     title, rows = STUDIES[study][0], rows_of(study, runs)
     tasks = shared_tasks([row.variant for row in rows], runs)
     reference = means(rows[0].variant, runs, tasks)
@@ -479,7 +478,7 @@ def study_table(study: str, runs: Runs) -> str:
 
 
 def noise_table(runs: Runs) -> str:
-    """How much the two methods lose by noise, over all tasks and over retrieval and reranking."""
+    """How much the two methods lose under noise, over all tasks and over retrieval and reranking."""
     lines = []
     for variant in NOISY:
         records = {variant: {seed: r for seed, r in runs.get(variant, {}).items() if r["noisy"]}}
@@ -523,7 +522,10 @@ def draw(output: Path) -> None:
 
 
 def panel(study: str, runs: Runs) -> list[tuple[str, list[float], list[float | None]]]:
-    """Per row of a study its label, its differences from the first row (one per seed), and the paper's two differences."""
+    """
+    For each row of a study: its label, its differences from the first row (one per seed), and the paper's two
+    differences.
+    """
     rows = rows_of(study, runs)
     tasks = shared_tasks([row.variant for row in rows], runs)
     reference = means(rows[0].variant, runs, tasks)
@@ -548,7 +550,7 @@ def noise_panel(runs: Runs) -> list[tuple[str, list[float], list[float | None]]]
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """A line per variant: its differences from the study's first row, a dot per seed, beside the paper's two."""
+    """One line per variant: differences from the study's first row, one dot per seed, beside the paper's two."""
     panels = {title: panel(study, runs) for study, (title, _) in STUDIES.items()} | {NOISE_TITLE: noise_panel(runs)}
     sizes = [len(lines) for lines in panels.values()]
     height = 0.24 * sum(sizes) + 0.4 * len(sizes) + 0.6

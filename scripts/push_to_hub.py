@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
-from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights
+from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights, read_json
 from scripts.exits import TOLD, exit_code
 
 
@@ -86,7 +86,7 @@ def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]
     has_adapter = Path("adapter_config.json") in files
     is_adapter = has_adapter and not any(is_weights(file.as_posix()) for file in files)
     required = REQUIRED_OF_ADAPTER if is_adapter else REQUIRED
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if Path("config.json") in files else {}
+    config = read_json(folder / "config.json") if Path("config.json") in files else {}
     if config.get("baseline") is not None and config.get("encoder_config") is None:
         required = [name for name in required if not name.startswith("encoder_tokenizer/")]
     missing = [name for name in required if Path(name) not in files]
@@ -125,9 +125,9 @@ def json_problems(folder: Path, files: list[Path]) -> Iterator[str]:
     for file in files:
         if file.suffix == ".json":
             try:
-                json.loads((folder / file).read_text(encoding="utf-8"))
+                read_json(folder / file)
             except ValueError as error:
-                yield f"{file}: not JSON ({error}); the file is damaged. Save it again."
+                yield f"{str(error).removeprefix(f'{folder}/')} The file is damaged; save it again."
 
 
 def safetensors_problems(folder: Path, file: Path) -> Iterator[str]:
@@ -153,7 +153,7 @@ def weights_problems(folder: Path, files: list[Path]) -> Iterator[str]:
         if single not in files:
             yield f"missing: {single}, or its shards with {index}."
         return
-    shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set(read_json(folder / index)["weight_map"].values())
     absent = sorted(shard for shard in shards if Path(shard) not in files)
     if absent:
         yield f"{index} names {', '.join(absent)}, which is not there. Save the model again."
@@ -166,7 +166,7 @@ def auto_map_problems(folder: Path, files: list[Path]) -> Iterator[str]:
     """Whether AutoConfig and AutoModel find their classes in this very folder."""
     if Path("config.json") not in files:
         return
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    auto_map = read_json(folder / "config.json").get("auto_map", {})
     for name in ("AutoConfig", "AutoModel"):
         reference = auto_map.get(name, "")
         if "--" in reference or Path(f"{reference.split('.')[0]}.py") not in files:
@@ -216,7 +216,7 @@ def card_problems(folder: Path, is_adapter: bool) -> Iterator[str]:
         "how to pin a commit (`revision=`)": "revision=" in text,
     }
     if not is_adapter and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         instruction = config.get("query_instruction")
         expected["the instruction of queries"] = (instruction or "instruction") in " ".join(text.split())
         size = embedding_size(config)

@@ -1,4 +1,4 @@
-"""Makes a trained model the checkpoint of this repository.
+"""Installs a trained model as this repository's checkpoint.
 
     python -m scripts.release runs/mine/model
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from modeling_causal2vec import Causal2VecModel
-from saving_utils import new_files, refresh_hashes
+from saving_utils import new_files, read_json, refresh_hashes
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ def release(model_dir: str | Path, root: Path = ROOT, max_shard_size: str = "90M
 
 
 def read_as_float32(config: Path) -> None:
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     for part in (values, values.get("encoder_config"), values.get("decoder_config")):
         if part is not None:
             part["dtype"] = "float32"
@@ -49,8 +49,8 @@ def read_as_float32(config: Path) -> None:
 
 
 def forget_origin(config: Path) -> None:
-    """Takes out of a saved tokenizer that it was loaded from a folder, which is true of nobody's copy."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+    """Removes the path of the folder that a saved tokenizer was loaded from."""
+    values = read_json(config)
     for name in ("is_local", "local_files_only"):
         values.pop(name, None)
     config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from training import card
 @pytest.fixture
 def folder(saved_dir, run_facts, tmp_path):
     """What a card needs of a trained folder."""
-    for name in ("config.json", "packing.py"):
+    for name in ("config.json", "decoder_utils.py"):
         (tmp_path / name).write_bytes((saved_dir / name).read_bytes())
     (tmp_path / "training.json").write_text(json.dumps(run_facts))
     return tmp_path
@@ -51,7 +51,7 @@ def test_what_the_card_says(folder):
         'revision="<40-digit commit>"',
     ):
         assert line in " ".join(found.text.split()), line
-    assert re.search(r"`packing.py` \| `[0-9a-f]{64}`", found.text)
+    assert re.search(r"`decoder_utils.py` \| `[0-9a-f]{64}`", found.text)
 
 
 def test_the_hub_offers_no_pipeline_of_transformers(folder, saved_dir):

@@ -105,6 +105,19 @@ class TestRoundTrip:
             assert again.to_json_string() == config.to_json_string()
             assert_same_types(again.to_dict(), config.to_dict())
 
+    @pytest.mark.parametrize(
+        "values, size", [({}, 64), ({"pooling": "eos"}, 32), ({"baseline": "embedding_concat"}, 56)]
+    )
+    def test_engines_read_the_size_of_an_embedding(self, tmp_path, values, size):
+        make_config(**values).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["embedding_size"] == size == Causal2VecConfig.from_pretrained(tmp_path).embedding_size
+        for wrong in (size + 1, str(size), 0):
+            with pytest.raises(ValueError, match=f"`embedding_size` must be {size}, as the other fields say, got"):
+                Causal2VecConfig.from_dict({**saved, "embedding_size": wrong})
+        del saved["embedding_size"]  # of a folder that was saved without
+        assert Causal2VecConfig.from_dict(saved).embedding_size == size
+
     def test_every_value_survives_a_folder(self, tmp_path):
         config = everything_set()
         config.save_pretrained(tmp_path / "a")

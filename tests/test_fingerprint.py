@@ -160,7 +160,7 @@ def test_code_is_what_it_does(tmp_path):
 
 def test_it_is_of_the_code_that_runs(saved_dir, tmp_path):
     folder = shutil.copytree(saved_dir, tmp_path / "changed")
-    file = folder / "packing.py"
+    file = folder / "decoder_utils.py"
     file.write_text(file.read_text() + "\nx = 1\n")
     loaded = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert differing(loaded.fingerprint(), Causal2VecModel.from_pretrained(folder).fingerprint()) == {"code"}

@@ -76,3 +76,11 @@ def test_without_the_package_it_is_named(backbone_dir, gguf_dir, monkeypatch):
     monkeypatch.setattr(loading_utils, "is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):
         join(backbone_dir, gguf_dir)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.02, 0.3, 0.9, 0.999])
+def test_a_file_that_is_cut_off(gguf_dir, tmp_path, kept):
+    whole = (gguf_dir / "tiny.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match="cut.gguf"):
+        load_backbone(str(tmp_path), gguf_file="cut.gguf")

@@ -516,7 +516,7 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         for path in folder.glob("model*.safetensors*") if how == "base" else ():
             path.unlink()
     elif how == "code":
-        (folder / "packing.py").unlink()
+        (folder / "decoder_utils.py").unlink()
     elif how == "auto_map":
         config["auto_map"]["AutoModel"] = "someone/else--modeling_causal2vec.Causal2VecModel"
         (folder / "config.json").write_text(json.dumps(config))
@@ -531,7 +531,7 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
     elif how == "limits":
         card.write_text(card.read_text().replace("## Limits", "## Other"))
     elif how == "hash":
-        (folder / "packing.py").write_text((folder / "packing.py").read_text() + "\n# changed\n")
+        (folder / "decoder_utils.py").write_text((folder / "decoder_utils.py").read_text() + "\n# changed\n")
     elif how == "pin":
         card.write_text(card.read_text().replace("revision=", ""))
     elif how == "card":
@@ -546,19 +546,19 @@ def broken(complete_dir: Path, target: Path, how: str) -> Path:
         ("large", "6.0 GB are more than 5 GB"),
         ("truncated", "it is cut off"),
         ("header", "no safetensors header"),
-        ("json", "training.json: not JSON (Expecting value"),
+        ("json", "training.json, line 1: not JSON: Expecting value"),
         ("shard", "model.safetensors.index.json names model-00001"),
         ("both", "model.safetensors.index.json does not name model.safetensors"),
         ("adapter", "an adapter beside weights"),
         ("base", "adapter_config.json names the base '../base'"),
-        ("code", "missing: packing.py"),
+        ("code", "missing: decoder_utils.py"),
         ("auto_map", "auto_map gives 'someone/else--"),
         ("path", "training.json names paths of a machine: /data/me/runs"),
         ("home", "notes.txt names paths of a machine: /" + "home/me"),  # split, so that this file names none
         ("drive", "notes.txt names paths of a machine: C:" + "\\Users"),
         ("licence", "the front matter has no `license`"),
         ("limits", "its limits"),
-        ("hash", "the SHA-256 of packing.py"),
+        ("hash", "the SHA-256 of decoder_utils.py"),
         ("pin", "how to pin a commit"),
         ("card", "missing: README.md"),
     ],
@@ -592,7 +592,7 @@ def test_plain_card_lists_the_hashes_of_the_code(saved_dir):
 def test_saving_again_brings_the_hashes_up_to_date(complete_dir, tiny_model, tmp_path):
     folder = shutil.copytree(complete_dir, tmp_path / "model")
     card = (folder / "README.md").read_text()
-    digest = re.search(r"`packing.py` \| `([0-9a-f]{64})`", card)[1]
+    digest = re.search(r"`decoder_utils.py` \| `([0-9a-f]{64})`", card)[1]
     (folder / "README.md").write_text(card.replace(digest, "0" * 64))
     tiny_model.save_pretrained(folder)
     assert code_table(folder) in (folder / "README.md").read_text()

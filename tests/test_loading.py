@@ -267,3 +267,7 @@ class TestOneDtype:
         model = Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir("bert"), str(tmp_path), dtype=dtype)
         expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         assert self.dtypes(model) == {expected or torch.bfloat16}
+
+    def test_one_per_tower_is_refused(self, saved_dir):
+        with pytest.raises(ValueError, match="one for the whole model"):
+            Causal2VecModel.from_pretrained(saved_dir, dtype={"": "float32", "encoder_config": "bfloat16"})

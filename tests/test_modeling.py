@@ -33,7 +33,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import packing
+import decoder_utils
 import runtime_utils
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
 from loading_utils import find_prompt_template, position_limit
@@ -1315,7 +1315,7 @@ class TestProcesses:
         locked, forked = threading.Event(), threading.Event()
 
         def hold_all():
-            with model._eval_mode(model), packing._SWITCHING, model.prefix_cache._lock, model._counting:
+            with model._eval_mode(model), decoder_utils._SWITCHING, model.prefix_cache._lock, model._counting:
                 locked.set()
                 forked.wait(60)
 

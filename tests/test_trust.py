@@ -74,7 +74,8 @@ class TestConfiguration:
             ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
             ({"num_contextual_tokens": 2}, "such as .*projector.queries"),
             ({"baseline": "unknown"}, "'baseline' expected one of"),
-            ({"baseline": "embedding_concat"}, "does not hold this model's weights"),
+            ({"embedding_size": 65}, "`embedding_size` must be 64"),
+            ({"baseline": "embedding_concat", "embedding_size": 56}, "does not hold this model's weights"),
             ({"encoder_config": []}, "'encoder_config' expected dict, got list"),
             ({"decoder_config": {"hidden_size": 3}}, "`decoder_config` needs a `model_type`"),
         ],
@@ -184,9 +185,9 @@ class TestWhatIsShipped:
         assert {Path(file).name for file in files} == set(SHIPPED_CODE)
 
     def test_hashes_are_of_the_files(self, tmp_path):
-        (tmp_path / "packing.py").write_bytes(b"abc")
+        (tmp_path / "decoder_utils.py").write_bytes(b"abc")
         digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example
-        assert code_hashes(tmp_path) == {"packing.py": digest}
+        assert code_hashes(tmp_path) == {"decoder_utils.py": digest}
 
     def test_repository_holds_no_pickles(self):
         files = files_to_push(ROOT)

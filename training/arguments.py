@@ -1,4 +1,4 @@
-"""What a run can be told: three dataclasses of arguments, read from flags, or from a recipe and the flags behind it."""
+"""The arguments of a training run: three dataclasses, read from flags, or from a recipe and the flags after it."""
 
 import logging
 from argparse import ArgumentError
@@ -9,8 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_causal2vec import BASELINES
-from saving_utils import is_hub_id
-from training.data import read_json
+from saving_utils import is_hub_id, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ TRAINED = ("lora", "full", "frozen")  # the ways to train a tower
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and which of its parameters."""
+    """The model, and which of its parameters are trained."""
 
     model: str | None = field(default=None, metadata={"help": "Causal2Vec folder or Hub id to go on from."})
     encoder: str | None = field(default=None, metadata={"help": "Without --model: encoder to join, folder or Hub id."})
@@ -175,7 +174,7 @@ ARGUMENTS = (ModelArguments, DataArguments, Causal2VecTrainingArguments)
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTrainingArguments]:
     """
-    Arguments from flags, or from a recipe and the flags behind it.
+    Reads arguments from flags, or from a recipe and the flags after it.
 
     Raises:
         ValueError: see `read_recipe`.
@@ -190,10 +189,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, Causal2VecTra
 
 def read_recipe(path: str) -> dict:
     """
-    The arguments in a recipe, checked and converted as the flags of their names are.
+    The arguments in a recipe, checked and converted like flags of the same names.
 
     Raises:
-        ValueError: the recipe is no JSON object, has an unknown key, or a value that its argument cannot have.
+        ValueError: the recipe is not a JSON object, or has an unknown key or an invalid value.
     """
     recipe = read_json(path)
     if not isinstance(recipe, dict):
@@ -225,10 +224,10 @@ def read_recipe(path: str) -> dict:
 
 def check_arguments(model_args: ModelArguments, args: Causal2VecTrainingArguments) -> None:
     """
-    Looks at what needs no file.
+    Checks whatever can be checked without reading files.
 
     Raises:
-        ValueError: arguments that do not go together, or a way to run that cannot be saved.
+        ValueError: arguments contradict each other, or the launcher could not save the result.
     """
     if model_args.dtype != "float32" and not (args.bf16 or args.fp16):
         raise ValueError(

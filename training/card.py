@@ -8,12 +8,11 @@ licence) or only an evaluation knows (scores). Invariant: every number in a card
 """
 
 import argparse
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig
-from saving_utils import LIBRARY, PIPELINE_TAG, TAGS, card_sections, is_hub_id, refresh_hashes
+from saving_utils import LIBRARY, PIPELINE_TAG, TAGS, card_sections, is_hub_id, read_json, refresh_hashes
 from training.data import SUFFIXES
 
 
@@ -184,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     if not facts.is_file():
         parser.error(f"{args.folder} has no training.json; is it a folder that train.py left?")
 
-    facts = json.loads(facts.read_text(encoding="utf-8"))
+    facts = read_json(facts)
     trained = SimpleNamespace(config=Causal2VecConfig.from_pretrained(args.folder))
     name = args.name or args.folder.resolve().name
     write_card(args.folder, facts, trained, name, args.license, tuple(args.base_model), args.results)

@@ -18,10 +18,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from saving_utils import json_fault, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,13 @@ class DatasetSpec:
     One entry of a data file.
 
     Args:
-        name (`str`): How logs and errors call it.
-        path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory or to where the command runs,
+        name (`str`): The name in logs and errors. path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the
+        data directory or to where the command runs,
             or a Hub dataset id.
         instructions (list of `str`): For its queries; several alternate from batch to batch.
-        symmetric (list of `str`): Those of them under which documents carry the instruction too.
-        sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch. In streaming, where the number
-            of rows is not known, how often it is its turn, relative to the others.
-        license (`str`, *optional*): For the model's card.
+        symmetric (list of `str`): Those instructions under which documents carry the instruction too. sample_ratio
+        (`float`): Share of its rows that an epoch uses, drawn anew each epoch. When streaming, its weight relative to
+        the other datasets. license (`str`, *optional*): For the model's card.
     """
 
     name: str
@@ -72,35 +72,9 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message holds file, line and reason."""
 
 
-def read_json(path: str | Path):
-    """
-    The contents of a JSON file, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is not JSON; the message holds file, line and column.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (RecursionError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{path}{line}: {_json_fault(error)}.") from None
-
-
-def _json_fault(error: Exception) -> str:
-    """What is wrong with JSON that Python did not read."""
-    match error:
-        case UnicodeDecodeError():
-            return f"invalid UTF-8 at byte {error.start}"
-        case json.JSONDecodeError():
-            return f"not JSON: {error.msg} at column {error.colno}"
-        case RecursionError():
-            return "nested too deep"
-    return f"not JSON: {error}"  # an integer of 5,000 digits
-
-
 def read_data_file(path: str, names: list[str] | None = None) -> list[DatasetSpec]:
     """
-    Reads a data file, or only the named datasets of it.
+    Reads a data file, or only some of its datasets.
 
     Raises:
         ValueError: see `read_json`; an unknown or repeated name, an unknown field, or nothing listed.
@@ -123,7 +97,7 @@ def read_data_file(path: str, names: list[str] | None = None) -> list[DatasetSpe
 
 def normalise_row(row: dict, where: str) -> dict:
     """
-    A row of any layout as `{"query", "positive", "negatives"}`.
+    Converts a row of any layout to `{"query", "positive", "negatives"}`.
 
     Query: `query` or `anchor`; positive: `positive` (a string or a list, whose first counts); negatives: `negative`,
     `negatives`, `neg`, `negative_1` ... `negative_n`.
@@ -160,8 +134,8 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
     Yields the normalised rows of a .jsonl, .jsonl.gz or .parquet file.
 
     Raises:
-        BadRow: at the first row that cannot be used, unless `skip_bad_rows`; they are then counted and logged.
-        OSError: the file cannot be read, or is damaged.
+        BadRow: at the first unusable row; with `skip_bad_rows` such rows are counted and logged instead. OSError: the
+        file cannot be read, or is damaged.
     """
     return _checked(_raw_rows(path), path, skip_bad_rows)
 
@@ -212,19 +186,19 @@ def _parse(row: bytes | dict, where: str) -> dict:
     try:
         return json.loads(row.decode("utf-8"))
     except (RecursionError, ValueError) as error:
-        raise BadRow(f"{where}: {_json_fault(error)}") from None
+        raise BadRow(f"{where}: {json_fault(error)}") from None
 
 
 def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: bool = False):
     """
     The rows of one dataset as a memory-mapped `datasets.Dataset` with `query`, `positive` and `negatives`.
 
-    Files are read and checked once; the Arrow copy in `cache_dir` is used again until the file changes.
+    Files are read and checked once; the Arrow copy in `cache_dir` is reused until the file changes.
 
     Raises:
         BadRow, OSError: see `read_rows`.
-        FileNotFoundError: neither a file in `data_dir` nor, by its form, a Hub id.
-        ValueError: no usable row.
+        FileNotFoundError: no such file in `data_dir`, and the path does not look like a Hub id. ValueError: no usable
+        row.
     """
     import datasets
 
@@ -250,8 +224,8 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
 
 def stream_rows(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool = False):
     """
-    The rows of one dataset as a `datasets.IterableDataset`, read from the file or the Hub as they are needed. Nothing is
-    kept on disk, and a row that cannot be used stops the run, or is skipped, when its turn comes.
+    The rows of one dataset as a `datasets.IterableDataset`, read from the file or the Hub as needed. Nothing is kept on
+    disk; an unusable row stops the run, or is skipped, when it is reached.
 
     Raises:
         BadRow, FileNotFoundError: see `load_rows`.
@@ -263,7 +237,7 @@ def stream_rows(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool = False):
 
 
 def _source(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool, **hub_options) -> tuple[Callable, dict]:
-    """The generator of a dataset's rows, from its file or the Hub, and the generator's arguments."""
+    """The generator of a dataset's rows, and its arguments."""
     import datasets
 
     path = find_file(spec, data_dir)
@@ -275,11 +249,11 @@ def _source(spec: DatasetSpec, data_dir: str, skip_bad_rows: bool, **hub_options
 
 def find_file(spec: DatasetSpec, data_dir: str) -> str | None:
     """
-    The file of a dataset, in `data_dir` or else from here, or `None` when its path is a Hub id.
+    The file of a dataset, in `data_dir` or the working directory, or `None` if its path is a Hub id.
 
     Raises:
-        FileNotFoundError: a file neither in `data_dir` nor here, and no Hub id by its form.
-        ValueError: a file of another kind.
+        FileNotFoundError: no such file, and the path does not look like a Hub id. ValueError: the file has another
+        suffix.
     """
     path = os.path.join(data_dir, spec.path)
     if os.path.isfile(path):
@@ -302,7 +276,7 @@ def _hub_rows(rows: Iterable[dict], name: str, skip_bad_rows: bool) -> Iterator[
 
 
 class Key(NamedTuple):
-    """Which row of which dataset a place in a batch holds, and what it is dressed in."""
+    """Which row of which dataset goes into a place of a batch, with which instruction and examples."""
 
     dataset: int
     row: int
@@ -332,7 +306,7 @@ class TrainingData(torch.utils.data.Dataset):
         specs, rows: The datasets, in the same order; `rows` may also be streams, see [`StreamedBatches`].
         num_negatives (`int`): Hard negatives per row, drawn from those it has.
         max_examples (`int`): In-context examples per query: 0 to this many, drawn at random.
-        seed (`int`): Of all draws.
+        seed (`int`): The seed of all draws.
     """
 
     def __init__(
@@ -348,7 +322,7 @@ class TrainingData(torch.utils.data.Dataset):
         return self.dress(key, self.rows[key.dataset], key.row)
 
     def dress(self, key: Key, rows: Sequence[dict], place: int) -> Example:
-        """The example that `rows[place]` becomes, its in-context examples drawn from `rows`."""
+        """The training example made of `rows[place]`, with in-context examples drawn from `rows`."""
         spec, row = self.specs[key.dataset], rows[place]
         rng = random.Random(f"{self.seed} {key.dataset} {key.row} {key.epoch}")
         instruction = spec.instructions[key.instruction]
@@ -367,7 +341,7 @@ class TrainingData(torch.utils.data.Dataset):
         )
 
     def _draw_examples(self, rows, row: dict, rng: random.Random) -> list[dict]:
-        """0 to `max_examples` other rows, none with this row's query or positive."""
+        """Draws 0 to `max_examples` other rows, none with this row's query or positive."""
         wanted = rng.randint(0, self.max_examples)
         own = {row["query"], row["positive"]}
         examples: list[dict] = []
@@ -549,7 +523,7 @@ class Collator:
         }
 
     def encode_queries(self, batch: list[Example]) -> dict:
-        """Queries with those of their examples that leave room for them."""
+        """Queries with as many of their examples as leave room for them."""
         examples = [self.processor.fit_examples(batch[0].instruction, example.examples) for example in batch]
         return dict(
             self.processor(

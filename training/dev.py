@@ -1,6 +1,6 @@
 """Development scores during training: a local pack in mteb's layout (STS or retrieval) or rows held out of training.
 
-Never a test set: choices made by these numbers belong to data that no result is reported on.
+Never a test set: hyperparameters are chosen on data that no result is reported on.
 """
 
 import os
@@ -121,11 +121,11 @@ def _only_split(folder: str, config: str):
 
 def held_out(rows, spec, count: int, seed: int):
     """
-    Splits rows in two: those to train on, and a [`RetrievalDev`] whose queries are `count` others. No row to train on
-    has the query or the positive of one held out.
+    Splits rows into training rows and a [`RetrievalDev`] of `count` held-out queries. No training row has the query or
+    positive of a held-out one.
 
     Raises:
-        ValueError: that would leave none.
+        ValueError: no row would be left to train on.
     """
     import numpy as np
     import pyarrow as pa

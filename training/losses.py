@@ -5,7 +5,7 @@
 where j runs over the positives and hard negatives of all rows on all ranks, less those known to be positives of i.
 GradCache (arXiv 2101.06983) computes the same loss over a batch that does not fit in memory: embed all mini-batches
 without a graph, take the loss's gradient with respect to the embeddings, then embed each mini-batch again with a graph
-and the same random state, and push its part of that gradient through. Invariant: its gradients are the full batch's.
+and the same random state, and backpropagate its part of that gradient. Invariant: its gradients equal the full batch's.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from decoder_utils import trim
 from encoding_utils import check_truncate_dim
-from packing import trim
 
 
 class InfoNCE(torch.nn.Module):
     """
     Args:
         temperature (`float`, defaults to 0.05): tau.
-        matryoshka_dims (list of `int`, *optional*): Embedding sizes at which the loss is taken too, as `encode`'s
-            `truncate_dim` cuts them; the result is the mean over all sizes.
-        embedding_size (`int`, *optional*): The configuration's, so that sizes beyond it are refused at once.
+        matryoshka_dims (list of `int`, *optional*): Embedding sizes, truncated as by `encode`'s `truncate_dim`; the
+        loss is the mean over all sizes. embedding_size (`int`, *optional*): The configuration's, to refuse larger sizes
+        at once.
 
     Raises:
-        ValueError: the temperature is not positive, or embeddings cannot be cut to one of the sizes.
+        ValueError: the temperature is not positive, or a size is not possible.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ def known_positives(
     offset: int = 0,
 ) -> torch.Tensor:
     """
-    Which documents must not count as negatives of which query: `(batch, all documents)`, never the query's own place.
+    Which documents must not count as negatives of which query, `(batch, all documents)`; never the query's own
+    positive.
 
     A document is known to be a positive when it has the text of the query's own positive, or is the positive of a row
     with the same query. A row's own mined negatives stay, as they have another text.
@@ -106,7 +107,7 @@ def known_positives(
 
 
 def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor of every rank, of whatever length, with gradients (summed over the ranks that used it)."""
+    """Gathers a tensor of any length from every rank, with gradients (summed over ranks)."""
     length = torch.tensor([len(tensor)], device=tensor.device)
     lengths = [int(n) for n in _AllGather.apply(length)]
     padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
@@ -115,7 +116,9 @@ def _gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _AllGather(torch.autograd.Function):
-    """Tensors of one shape from all ranks; torch's own is deprecated in 2.13, and what follows it is not in 2.11."""
+    """
+    Gathers tensors of one shape; torch's own function is deprecated in 2.13, and its successor is missing in 2.11.
+    """
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -131,7 +134,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class RandomState:
-    """The state of torch's generators, the CPU's and the accelerators', at one moment, to run the same dropout again."""
+    """A snapshot of torch's random generators, to repeat the same dropout."""
 
     def __init__(self):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -157,14 +160,14 @@ def gradcache_backward(
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> torch.Tensor:
     """
-    Accumulates into the parameters the gradients that `loss_from([embed(all of group) for group in groups])` has.
+    Accumulates the gradients of `loss_from([embed(all of group) for group in groups])` in the parameters.
 
     Args:
         embed: From one mini-batch to embeddings `(rows, dim)`.
         loss_from: From one `(all rows, dim)` tensor per group to the loss.
-        groups: Per group (queries, documents) its mini-batches.
-        backward: How a scalar is sent backward, such as `accelerator.backward`.
-        no_sync: Context in which gradients are not reduced over ranks; entered for all mini-batches but the last.
+        groups: The mini-batches of each group (queries, documents). backward: How a scalar is sent backward, such as
+        `accelerator.backward`. no_sync: Context in which gradients are not reduced over ranks; entered for all
+        mini-batches but the last.
 
     Returns:
         The loss, without a graph.
@@ -199,8 +202,8 @@ def gradcache_backward(
 
 def split_by_length(batch: dict[str, torch.Tensor], size: int) -> tuple[list[dict], torch.Tensor]:
     """
-    Cuts a batch into mini-batches of at most `size` rows of like length, less the columns that are padding in all of
-    them, so that a few long rows do not make all mini-batches long.
+    Cuts a batch into mini-batches of at most `size` rows of similar length, trimmed to their longest row, so that a few
+    long rows do not pad all mini-batches.
 
     Returns:
         The mini-batches, and `order` such that `torch.cat(results)[order]` is in the batch's order.

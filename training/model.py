@@ -1,4 +1,4 @@
-"""The model that is trained: loaded or joined, and which of its parameters are trained (section 4.1)."""
+"""Loads or joins the model to train, and chooses which parameters are trained (section 4.1)."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,10 @@ from training.trainer import Causal2VecTrainer
 
 def load_model(args: ModelArguments) -> Causal2VecModel:
     """
-    The model to train, all weights in `args.dtype`.
+    The model to train, with all weights in `args.dtype`.
 
     Raises:
-        ValueError: neither a model nor both backbones are named, or both are; or a model is to change what it is.
+        ValueError: expected either a model or both backbones; or an argument contradicts the given model.
     """
     has_encoder = args.baseline not in WITHOUT_ENCODER
     encoder = args.encoder if has_encoder else None
@@ -48,14 +48,14 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
 
 def choose_parameters(model: Causal2VecModel, args: ModelArguments):
     """
-    Freezes what is not trained, adds LoRA where asked, and keeps what is trained in float32.
+    Freezes what is not trained, adds LoRA where requested, and casts trained parameters to float32.
 
     Returns:
         The model, or a PeftModel around it.
 
     Raises:
-        ValueError: one tower is to be trained with LoRA and the other in full, an encoder that is not there, or in a way
-            that there is none of.
+        ValueError: one tower would be trained with LoRA and the other in full, the encoder does not exist, or the
+        method is unknown.
     """
     towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
     if model.encoder is None and towers.pop("encoder") != "frozen":
@@ -87,7 +87,7 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
 
 
 def lora_targets(model: Causal2VecModel, tower: str) -> str:
-    """A pattern for all linear layers of one tower and nothing else."""
+    """A pattern that matches all linear layers of one tower and nothing else."""
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in getattr(model, tower).named_modules()
@@ -97,7 +97,7 @@ def lora_targets(model: Causal2VecModel, tower: str) -> str:
 
 
 def keep_base(model: Causal2VecModel, folder: Path, args: Causal2VecTrainingArguments, resuming: bool) -> None:
-    """Saves newly joined backbones, by one process, so that an adapter has a base model to name."""
+    """Saves newly joined backbones, from one process, as the base of the adapter."""
     with args.main_process_first(local=False, desc="saving the base model"):
         if args.process_index == 0 and not (resuming and (folder / "config.json").exists()):
             model.save_pretrained(folder)
@@ -105,7 +105,7 @@ def keep_base(model: Causal2VecModel, folder: Path, args: Causal2VecTrainingArgu
 
 
 def name_of_base(args: ModelArguments, adapter: Path) -> str | None:
-    """How an adapter names the model that it was made for: by its Hub id, or by the way there from the adapter's folder."""
+    """The name of an adapter's base: its Hub id, or its path relative to the adapter's folder."""
     base = adapter.with_name("base") if args.model is None else Path(args.model)
     if args.base_id is not None or not base.exists():
         return args.base_id or args.model
@@ -114,8 +114,8 @@ def name_of_base(args: ModelArguments, adapter: Path) -> str | None:
 
 def whole_model(trainer: Causal2VecTrainer, args: ModelArguments):
     """
-    The trained model or PeftModel. Under FSDP each process holds a part of it: all of them must call this, and the first
-    gets a new one with the weights of all.
+    The trained model or PeftModel. Under FSDP each process holds a part of it: all processes must call this, and the
+    first receives a new model with all weights.
     """
     if not trainer.is_fsdp_enabled:
         return trainer.accelerator.unwrap_model(trainer.model)

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: its plan, a batch, model and adapter, its facts and its curve."""
+"""The output of a run: its plan, a sample batch, model, adapter, facts and curve."""
 
 import math
 import shutil
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(model, batches: SingleDatasetBatchSampler | StreamedBatches, batch: dict, training) -> dict:
-    """The plan of a run: data, batches, steps, parameters, and tokens and memory as estimated from one batch."""
+    """The plan of a run: data, batches, steps, parameters, and an estimate of tokens and memory from one batch."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: part for name in ("encoder", "projector", "decoder") if (part := getattr(model, name)) is not None}
     counted = isinstance(batches, SingleDatasetBatchSampler)
@@ -69,7 +69,7 @@ def show_batch(processor, batch: dict, rows: int = 2) -> str:
 
 
 def plot(log: list[dict], path: Path) -> None:
-    """Draws loss, learning rate and dev score over steps."""
+    """Plots loss, learning rate and dev score over steps."""
     panels = [("loss", "training loss"), ("learning_rate", "learning rate"), ("eval_score", "dev score")]
     panels = [(key, label) for key, label in panels if any(key in entry for entry in log)] or panels[:1]
     figure, axes = new_figure(7, 2.2 * len(panels), nrows=len(panels), sharex=True, squeeze=False)
@@ -83,7 +83,7 @@ def plot(log: list[dict], path: Path) -> None:
 
 
 def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict, base: str | None) -> None:
-    """Writes the model folder, the adapter (which names `base`) if there is one, and the run's facts and curve."""
+    """Writes the model folder, the adapter (with base `base`) if there is one, and the run's facts and curve."""
     output, log = Path(trainer.args.output_dir), trainer.state.log_history
     facts = {
         "arguments": without_machine_paths(arguments),
@@ -111,7 +111,7 @@ def save_results(trainer: Causal2VecTrainer, model, plan: dict, arguments: dict,
 
 
 def tokens_per_second(trainer: Causal2VecTrainer) -> float | None:
-    """Decoder tokens that all processes have read per second, since the run was started or resumed."""
+    """Decoder tokens per second over all processes, since the run was started or resumed."""
     seconds = next(
         (entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), 0
     )
@@ -119,7 +119,7 @@ def tokens_per_second(trainer: Causal2VecTrainer) -> float | None:
 
 
 def peak_gigabytes() -> float | None:
-    """The most memory that this process has had: the accelerator's, or without one the processor's (not on Windows)."""
+    """Peak memory of this process on the accelerator, or without one in RAM (not on Windows)."""
     if torch.accelerator.is_available():
         return round(torch.accelerator.max_memory_allocated() / 1e9, 2)
     try:
@@ -131,8 +131,8 @@ def peak_gigabytes() -> float | None:
 
 def save_folder(save: Callable[[Path], None], model: Causal2VecModel, folder: Path, facts: dict) -> None:
     """
-    Saves a model, or by `save` its adapter, with all that a stranger needs: code, configuration, tokenizers, what
-    sentence-transformers reads, instructions, card and the run's facts. The folder appears under its name only when it is
+    Saves a model, or with `save` its adapter, with everything needed to load it elsewhere: code, configuration,
+    tokenizers, sentence-transformers' files, instructions, card and the run's facts. The folder appears only once it is
     complete.
     """
     temporary = folder.with_name(folder.name + ".tmp")

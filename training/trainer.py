@@ -1,4 +1,6 @@
-"""transformers' Trainer with batches of one dataset, InfoNCE and GradCache, and with checkpoints marked complete."""
+"""
+transformers' Trainer with single-dataset batches, InfoNCE, GradCache and checkpoints that are marked when complete.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -25,10 +27,10 @@ class Causal2VecTrainer(Trainer):
 
     Args:
         loss ([`InfoNCE`]): The loss.
-        sampler ([`SingleDatasetBatchSampler`], *optional*): Makes all batches of the run, so that a run is one epoch to
-            Trainer. `None` when `train_dataset` is [`StreamedBatches`].
-        dev_sets (list): Objects with a `name` and `score(model)`; see training/dev.py.
-        mini_batch_size (`int`, *optional*): With GradCache, the rows embedded at a time.
+        sampler ([`SingleDatasetBatchSampler`], *optional*): Yields all batches of the run, which Trainer sees as one
+        epoch. `None` when `train_dataset` is [`StreamedBatches`]. dev_sets (list): Objects with a `name` and
+        `score(model)`; see training/dev.py. mini_batch_size (`int`, *optional*): With GradCache, the number of rows
+        embedded at a time.
     """
 
     def __init__(self, *args, loss: InfoNCE, sampler, dev_sets=(), mini_batch_size: int | None = None, **kwargs):
@@ -121,7 +123,7 @@ class Causal2VecTrainer(Trainer):
 
     @torch.no_grad()
     def _read_encoder(self, inputs: dict) -> None:
-        """Puts a frozen encoder's vectors in the place of its ids: it is read once, in rows of like length."""
+        """Replaces a frozen encoder's ids by its vectors, computed once in groups of similar length."""
         model = self.accelerator.unwrap_model(self.model)  # a PeftModel passes what is asked of it on
         if not reads_encoder_once(model) or self.is_fsdp_enabled:
             return
@@ -148,7 +150,7 @@ class Causal2VecTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when Trainer has written all of it, so that a half-written one is never resumed from."""
+    """Marks a checkpoint once Trainer has written all of it, so that a partial one is never resumed from."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -156,18 +158,18 @@ class MarkComplete(TrainerCallback):
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest complete checkpoint."""
     found = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
 
 
 def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
     """
-    The checkpoint that `--resume` goes on from, if there is one.
+    The checkpoint that `--resume` continues from, if any.
 
     Raises:
-        ValueError: without `--resume`, the output folder holds what another run left; with it, a finished model and no
-            complete checkpoint to go on from.
+        ValueError: without `--resume`, the output folder holds another run; with it, a finished model but no complete
+        checkpoint.
     """
     checkpoint = last_complete_checkpoint(args.output_dir)
     if args.resume and checkpoint is not None:
@@ -186,14 +188,14 @@ def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
 
 
 def eval_frozen_towers(model) -> None:
-    """Switches dropout off where nothing is trained: a frozen encoder gives the vectors it will give later."""
+    """Disables dropout in frozen towers, so that a frozen encoder gives the same vectors as at inference."""
     for tower in filter(None, (model.encoder, model.decoder)):  # a PeftModel passes these on
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()
 
 
 def reads_encoder_once(model) -> bool:
-    """Whether the encoder gives each text one vector that no step of training changes."""
+    """Whether each text has one encoder vector that training does not change."""
     if model.encoder is None or model.projector is None or model.projector.queries is not None:
         return False
     return not any(parameter.requires_grad for parameter in model.encoder.parameters())

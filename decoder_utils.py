@@ -1,16 +1,22 @@
-"""Padding costs nothing: rows of a batch packed into one, and rows of like length read together.
+"""Other ways to run a decoder: packed rows, and token prepending.
 
 `packed_states` joins the rows of a batch into one without padding, and attention runs over each run of equally long rows by
 itself. Invariant: no row sees another. On GPUs in half precision the variable-length kernel of torch 2.12 takes all runs at
 once.
+
+Token prepending (TP; Fu et al., ACL 2025) is a method that the paper compares with (Table 6): from the second layer on, the
+slot holds the state that the layer before gave EOS, so text tokens see, one layer late, what EOS has seen. Into the first
+layer goes the slot's own word embedding.
 """
 
 import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,8 +54,8 @@ def trim(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def groups_of_like_length(lengths: Sequence[int], waste: float = 0.15, min_tokens: int = 128) -> list[list[int]]:
     """
-    Cuts rows, longest first, where the next one would be padded by more than `waste` of its group's length, but never
-    below `min_tokens` per group: tiny matrix products are slow.
+    Groups rows, longest first, so that none is padded by more than `waste` of its group's length, except that a group
+    has at least `min_tokens`: tiny matrix products are slow.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -64,12 +70,12 @@ def groups_of_like_length(lengths: Sequence[int], waste: float = 0.15, min_token
 @dataclass
 class Packing:
     """
-    Rows that are read as one.
+    Rows joined into one.
 
     Args:
         lengths (list of `int`): Tokens per row, without padding.
-        prefix ([`SharedPrefix`], *optional*): What all rows have before them.
-        windows (list, *optional*): Per decoder layer how far its attention reaches back; filled in.
+        prefix ([`SharedPrefix`], *optional*): The prefix that all rows follow. windows (list, *optional*): The
+        attention window of each decoder layer; filled in.
     """
 
     lengths: list[int]
@@ -96,7 +102,7 @@ class VarlenLayout:
     """
     Args:
         query_ends, key_ends (`(rows + 1,)`): Where each row's queries and keys begin and end.
-        keys (`(rows * kept + total,)`): Places of the rows' keys in the prefix's and the rows' keys, joined.
+        keys (`(rows * kept + total,)`): Indices of each row's keys in the concatenation of prefix keys and row keys.
     """
 
     query_ends: torch.Tensor
@@ -106,10 +112,10 @@ class VarlenLayout:
 
 def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing: Packing) -> torch.Tensor | None:
     """
-    The decoder's last hidden states `(total, hidden_size)`, row after row without padding, of rows padded on the right.
+    The decoder's last hidden states `(total, hidden_size)` of rows padded on the right, row after row without padding.
 
-    Returns `None` where it could not be exact: attention is not SDPA, or does not go through transformers'
-    `AttentionInterface` in every layer.
+    Returns `None` if the result would not be exact: attention is not SDPA, or some layer bypasses transformers'
+    `AttentionInterface`.
     """
     config = decoder.config
     takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
@@ -128,7 +134,8 @@ def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing
         try:
             hidden = decoder(
                 inputs_embeds=inputs_embeds[inside].unsqueeze(0),  # (1, total, hidden_size)
-                # Four dimensions: taken as made already. A mask of two or none would be made into one over all rows.
+                # A mask with four dimensions is used as it is. One with two, or none, would be expanded to one over all
+                # rows.
                 attention_mask=inputs_embeds.new_zeros(1, 1, 1, 1),
                 position_ids=position_ids,
                 use_cache=False,
@@ -143,7 +150,7 @@ def packed_states(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, packing
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **kwargs):
-    """SDPA within each row of a packed one, `(1, heads, total, head_dim)`; without `packing`, SDPA as it is."""
+    """SDPA within each row of a packed batch, `(1, heads, total, head_dim)`; without `packing`, plain SDPA."""
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -216,3 +223,58 @@ def has_varlen_kernel(query: torch.Tensor) -> bool:
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+@dataclass
+class Prepending:
+    """
+    Which states [`prepend`] moves: in row i, from `ends[i]` to `slots[i]`. `layers_seen` counts the layers that
+    received it.
+    """
+
+    slots: torch.Tensor
+    ends: torch.Tensor
+    layers_seen: int = 0
+
+
+def prepend(is_first: bool, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Runs before each decoder layer: puts EOS's state, as the layer before left it, into the slot."""
+    kwargs = dict(kwargs)
+    prepending = kwargs.pop("prepending", None)
+    if prepending is None:
+        return args, kwargs
+    prepending.layers_seen += 1
+    if is_first:
+        return args, kwargs
+    states, *rest = args
+    rows = torch.arange(len(states), device=states.device)  # (batch,)
+    slots, ends = prepending.slots.to(states.device), prepending.ends.to(states.device)  # (batch,)
+    moved = states.clone()  # (batch, seq_len, hidden_size)
+    moved[rows, slots] = states[rows, ends]
+    return (moved, *rest), kwargs
+
+
+def prepend_between_layers(decoder: PreTrainedModel) -> None:
+    """
+    Makes a decoder's layers move states when its `forward` gets `prepending=`, a [`Prepending`].
+
+    Raises:
+        ValueError: its layers cannot be found.
+    """
+    num_layers = decoder.config.get_text_config().num_hidden_layers
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    layers = next((module for module in lists if len(module) == num_layers), None)
+    if layers is None:
+        raise ValueError(f"{type(decoder).__name__} has no list of {num_layers} layers to prepend between.")
+    for i, layer in enumerate(layers):
+        layer.register_forward_pre_hook(partial(prepend, i == 0), with_kwargs=True)
+
+
+def check_prepended(decoder: PreTrainedModel, prepending: Prepending) -> None:
+    """Raises ValueError unless every layer received the [`Prepending`]."""
+    num_layers = decoder.config.get_text_config().num_hidden_layers
+    if prepending.layers_seen != num_layers:
+        raise ValueError(
+            f"{type(decoder).__name__} told {prepending.layers_seen} of its {num_layers} layers what to prepend: token "
+            "prepending is not possible with it."
+        )

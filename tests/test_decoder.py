@@ -1,4 +1,4 @@
-"""packing.py: no batching and no packing changes a vector."""
+"""decoder_utils.py: no batching and no packing changes a vector."""
 
 import importlib.util
 import logging
@@ -13,10 +13,10 @@ from conftest import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import decoder_utils
 import encoding_utils
-import packing
+from decoder_utils import Packing, groups_of_like_length, packed_states
 from encoding_utils import cut, sorted_batches
-from packing import Packing, groups_of_like_length, packed_states
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -200,8 +200,8 @@ class TestPacked:
                 outputs.append(attended.transpose(0, 1))
             return torch.cat(outputs)
 
-        monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
-        monkeypatch.setattr(packing, "has_varlen_kernel", lambda query: True)
+        monkeypatch.setattr(decoder_utils, "varlen_attn", varlen_attn)
+        monkeypatch.setattr(decoder_utils, "has_varlen_kernel", lambda query: True)
         model = make_model(family)
         for instruction in (None, INSTRUCTION):
             encoded = model.encode(TEXTS, instruction=instruction, packed=True)
@@ -209,26 +209,28 @@ class TestPacked:
         assert set(calls) == {False, True}
 
     def test_the_gpus_kernel_is_not_used_on_a_cpu(self):
-        assert not packing.has_varlen_kernel(torch.zeros(1))
+        assert not decoder_utils.has_varlen_kernel(torch.zeros(1))
 
     def test_a_kernel_without_grouped_heads_is_not_used(self, monkeypatch):
         def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
             """As torch 2.11's."""
 
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
-        spec = importlib.util.spec_from_file_location("packing_beside_an_older_torch", packing.__file__)
+        spec = importlib.util.spec_from_file_location("packing_beside_an_older_torch", decoder_utils.__file__)
         older = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, older)
         spec.loader.exec_module(older)
         assert older.varlen_attn is None
 
     def test_what_the_kernel_is_given_is_what_torch_takes(self, monkeypatch):
-        if packing.varlen_attn is None:
+        if decoder_utils.varlen_attn is None:
             pytest.skip("this torch has no kernel for grouped heads")
-        monkeypatch.setattr(packing, "varlen_attn", create_autospec(packing.varlen_attn))
+        monkeypatch.setattr(decoder_utils, "varlen_attn", create_autospec(decoder_utils.varlen_attn))
         rows = torch.zeros(1, 2, 5, 8)  # (1, heads, total, head_dim)
-        packing._attend_varlen(rows, rows[:, :1], rows[:, :1], packing.Packing([3, 2]), None, None, 0.5, 0.0)
-        packing.varlen_attn.assert_called_once()
+        decoder_utils._attend_varlen(
+            rows, rows[:, :1], rows[:, :1], decoder_utils.Packing([3, 2]), None, None, 0.5, 0.0
+        )
+        decoder_utils.varlen_attn.assert_called_once()
 
     def test_the_decoder_reads_no_padding(self, model):
         seen = []
@@ -252,19 +254,19 @@ class TestPacked:
 
     def test_other_attention_reads_padded_rows(self, make_model, caplog):
         model = make_model(decoder_kwargs={"attn_implementation": "eager"})
-        with caplog.at_level(logging.DEBUG, logger="packing"):
+        with caplog.at_level(logging.DEBUG, logger="decoder_utils"):
             encoded = model.encode(TEXTS, instruction=INSTRUCTION, packed=True)
         assert np.abs(encoded - plain(model, TEXTS, INSTRUCTION)).max() <= 1e-5
         assert "its attention cannot be replaced" in caplog.text
 
     def test_a_layer_that_was_not_asked(self, model, caplog, monkeypatch):
         monkeypatch.setattr(model.decoder.config, "num_hidden_layers", 3)  # one more than there are
-        with caplog.at_level(logging.DEBUG, logger="packing"):
+        with caplog.at_level(logging.DEBUG, logger="decoder_utils"):
             assert packed_states(model.decoder, torch.zeros(2, 4, 32), Packing([4, 2])) is None
         assert "not all of its layers" in caplog.text
 
     def test_the_name_works_as_an_attention_of_its_own(self, model):
         before = model.encode(TEXTS, instruction=INSTRUCTION)
-        model.set_attn_implementation({"decoder_config": packing.PACKED_ATTENTION})
+        model.set_attn_implementation({"decoder_config": decoder_utils.PACKED_ATTENTION})
         assert np.abs(model.encode(TEXTS, instruction=INSTRUCTION) - before).max() <= 1e-5
         assert np.abs(model.encode(TEXTS, instruction=INSTRUCTION, packed=True) - before).max() <= 1e-5
