@@ -179,7 +179,7 @@ class _NoLayer(DynamicLayer):
 
 
 class _NoSlidingLayer(DynamicSlidingWindowLayer):
-    """The same where attention reaches back `sliding_window` tokens."""
+    """The same for sliding-window attention."""
 
     update = _NoLayer.update
 
