@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 try:
     from .loading_utils import position_limit
+    from .prefix_cache import weights_read_once
     from .runtime_utils import device_of
     from .saving_utils import code_identity
     from .tokenization_utils import (
@@ -34,6 +35,7 @@ except ImportError:
         raise
     # Imported from a clone, where these files are top-level modules.
     from loading_utils import position_limit
+    from prefix_cache import weights_read_once
     from runtime_utils import device_of
     from saving_utils import code_identity
     from tokenization_utils import (
@@ -221,7 +223,7 @@ class EncodeMixin:
             delay=0 if show_progress_bar else 5,
             disable=None if show_progress_bar is None else not show_progress_bar,
         )
-        with progress, self._eval_mode(self):
+        with progress, self._eval_mode(self), weights_read_once():
             for rows, batch, cut in batches:
                 with torch.inference_mode():
                     # A prefix is looked up on the CPU.
