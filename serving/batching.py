@@ -17,6 +17,7 @@ from concurrent.futures import Future
 import torch
 from torch import nn
 
+from prefix_cache import weights_read_once
 from runtime_utils import device_of
 from tokenization_utils import Row
 
@@ -121,19 +122,25 @@ class Batcher:
         return len(job.rows[place].ids) + self._count_prefix * len(job.prefix_ids)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (batch := self._take()):
-                    if self._closing:
-                        return
-                    self._changed.wait()
-            try:
-                self._compute(batch)
-            except Exception as error:  # told to those whose rows they were; others are not concerned
-                logger.exception("A batch failed.")
-                for job, _ in batch:
-                    if not job.future.done() and job.future.set_running_or_notify_cancel():
-                        job.future.set_exception(error)
+        with weights_read_once():
+            while self._step():
+                pass
+
+    def _step(self) -> bool:
+        """Waits for rows and computes them; `False` when there will be no more."""
+        with self._changed:
+            while not (batch := self._take()):
+                if self._closing:
+                    return False
+                self._changed.wait()
+        try:
+            self._compute(batch)
+        except Exception as error:  # told to those whose rows they were; others are not concerned
+            logger.exception("A batch failed.")
+            for job, _ in batch:
+                if not job.future.done() and job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(error)
+        return True
 
     def _take(self) -> list[tuple[Job, list[int]]]:
         """Which rows of which jobs come next: of the first job, and of others with its prefix as far as there is room."""

@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from app_server import running, wait_until
 from conftest import ROOT, TEXTS
 
 from serving import loading, server
@@ -27,9 +27,9 @@ from serving.batching import Job
 from serving.server import Limits, bind, create_app
 
 
-for package in ("fastapi", "prometheus_client"):
+for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
-httpx, uvicorn = map(pytest.importorskip, ("httpx", "uvicorn"))
+httpx = pytest.importorskip("httpx")
 
 QUERY = "Given a question, retrieve passages that answer it"  # of `tiny_model`
 MANY = "one of many texts that take a while"
@@ -38,28 +38,16 @@ TEXTS = [text for text in TEXTS if text]
 
 
 @contextlib.contextmanager
-def running(app):
-    """Serves an app in a thread; gives a client of it."""
-    listener = bind("127.0.0.1", 0)
-    runner = uvicorn.Server(uvicorn.Config(app, ws="none", access_log=False, log_level="critical"))
-    thread = threading.Thread(target=runner.run, args=([listener],))
-    thread.start()
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
-            while not runner.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            yield client
-    finally:
-        runner.should_exit = True
-        thread.join(60)
-    assert not thread.is_alive()
+def served(app):
+    """A client of an app that runs in a thread."""
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def client(tiny_model):
     limits = Limits(max_inputs=300, max_tokens=20_000, max_body_bytes=2**20)
-    with running(create_app(tiny_model, "tiny", limits=limits)) as client:
+    with served(create_app(tiny_model, "tiny", limits=limits)) as client:
         yield client
 
 
@@ -280,7 +268,7 @@ def test_200_requests_at_a_time(client, tiny_model):
 
 
 def test_bundled_checkpoint(bundled_model):
-    with running(create_app(bundled_model, "tiny")) as client:
+    with served(create_app(bundled_model, "tiny")) as client:
         for prompt_name, instruction in (("query", bundled_model.config.query_instruction), ("document", None)):
             answer = ask(client, TEXTS, prompt_name=prompt_name)
             expected = [bundled_model.encode(text, instruction=instruction) for text in TEXTS]
@@ -423,7 +411,7 @@ def test_broken_connections_change_nothing(client):
 
 
 def test_slow_bodies_are_given_up(tiny_model):
-    with running(create_app(tiny_model, "tiny", limits=Limits(max_body_seconds=1))) as client:
+    with served(create_app(tiny_model, "tiny", limits=Limits(max_body_seconds=1))) as client:
         slow = raw(client, b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 20\r\n\r\n", b"{")
         assert slow.startswith(b"HTTP/1.1 408") and b'"message"' in slow
         assert len(ask(client)["data"]) == 1
@@ -437,7 +425,7 @@ def test_other_paths_and_methods(client):
 
 
 def test_key(tiny_model):
-    with running(create_app(tiny_model, "tiny", api_key="schlüssel")) as client:
+    with served(create_app(tiny_model, "tiny", api_key="schlüssel")) as client:
         body = {"model": "tiny", "input": "a text"}
         for given in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer schl"}, {"Authorization": b"\xff"}):
             response = client.post("/v1/embeddings", json=body, headers=given)
@@ -455,7 +443,7 @@ def test_key(tiny_model):
 
 def test_a_full_server_says_when_to_come_back(tiny_model):
     app = create_app(tiny_model, "tiny", limits=Limits(max_requests=3, max_waiting_tokens=10))
-    with running(app) as client, ThreadPoolExecutor() as pool:
+    with served(app) as client, ThreadPoolExecutor() as pool:
         gate = Gate(app)
         accepted = [pool.submit(ask, client)]
         assert gate.entered.wait(60)
@@ -475,16 +463,9 @@ def test_a_full_server_says_when_to_come_back(tiny_model):
         assert len(ask(client)["data"]) == 1
 
 
-def wait_until(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_a_client_that_goes_away_is_dropped(tiny_model):
     app = create_app(tiny_model, "tiny")
-    with running(app) as client, ThreadPoolExecutor() as pool:
+    with served(app) as client, ThreadPoolExecutor() as pool:
         gate = Gate(app)
         first = pool.submit(ask, client)
         assert gate.entered.wait(60)
@@ -500,7 +481,7 @@ def test_a_client_that_goes_away_is_dropped(tiny_model):
 def test_nothing_is_kept_of_a_request(tiny_model):
     """benchmarks/serving.py looks at the memory of a process."""
     app = create_app(tiny_model, "tiny")
-    with running(app) as client:
+    with served(app) as client:
         for number in range(20):
             ask(client, TEXTS, instruction=f"Task {number}")
             refused(client.post("/v1/embeddings", content=b"?"))
@@ -509,12 +490,12 @@ def test_nothing_is_kept_of_a_request(tiny_model):
         wait_until(lambda: app.state.service.running == 0)
         ask(client)
         gc.collect()
-        assert sum(type(thing) is Job for thing in gc.get_objects()) <= 1  # the model's thread holds its last one
+        assert not any(type(thing) is Job for thing in gc.get_objects())
 
 
 def test_a_failure_of_the_model_is_told(tiny_model):
     app = create_app(tiny_model, "tiny")
-    with running(app) as client:
+    with served(app) as client:
         gate = Gate(app)
         gate.open = None  # raises
         error = refused(client.post("/v1/embeddings", json={"model": "tiny", "input": "a text"}), 500)
