@@ -115,18 +115,6 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_GET(self):
-        self.answer()
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_POST(self):
-        self.answer()
-
-    def do_PUT(self):
-        self.answer()
-
     def answer(self):
         split = urlsplit(self.path)
         path = unquote(split.path)
@@ -142,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.query = parse_qs(split.query)
                 return getattr(self, name)(body, **match.groupdict())
         self.send_error_code(404, None, f"no route for {self.command} {path}")
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -292,16 +282,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"rfilename": path, "size": len(file.content), "blobId": file.etag}
                 for path, file in sorted(repo.commits[commit].items())
             ]
-            self.send_json(
-                {
-                    "id": repo_id,
-                    "modelId": repo_id,
-                    "sha": commit,
-                    "private": repo.private,
-                    "tags": [],
-                    "siblings": siblings,
-                }
-            )
+            names = {"id": repo_id, "modelId": repo_id, "sha": commit}
+            self.send_json({**names, "private": repo.private, "tags": [], "siblings": siblings})
 
     def refs(self, body, repo_id):
         if found := self.find(repo_id):
