@@ -483,3 +483,21 @@ def logged(folder: Path, name: str) -> list[float]:
 
 def losses(folder: Path) -> list[float]:
     return logged(folder, "loss")
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """`a` has three tasks of MTEB and two others; `b` shares two of the former and one of the latter."""
+    from eval_packs import write_result
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_result(a, "STS12", "STS", 0.5)
+    write_result(a, "STS13", "STS", 0.7)
+    write_result(a, "SciFact", "Retrieval", 0.3)
+    write_result(a, "X-One", "Clustering", 0.1, in_benchmark=False)
+    write_result(a, "X-Two", "STS", 0.2, in_benchmark=False)
+    write_result(b, "STS12", "STS", 0.6)
+    write_result(b, "SciFact", "Retrieval", 0.2)
+    write_result(b, "BIOSSES", "STS", 0.9)
+    write_result(b, "X-One", "Clustering", 0.15, in_benchmark=False)
+    return a, b

@@ -13,6 +13,7 @@ import torch
 import eval_mteb
 from evaluation.encoder import MTEBEncoder, ranks
 from evaluation.report import read_run
+from saving_utils import write_json
 
 
 SUBJECTS = ("The cat", "A doctor", "My neighbour", "The old bridge", "This recipe", "Her brother", "A small boat")
@@ -178,3 +179,22 @@ def counting(encoder, **kwargs):
 def scores(output) -> dict[str, float]:
     scored = read_run(output)
     return {**scored.scores, **scored.other}
+
+
+def write_result(folder, task, type_, score, in_benchmark=True, noise=None, finished=True, splits=("test",)):
+    result = f"results/m/r/{'noisy/' if noise else ''}{task}.json"
+    scores = {split: [{"main_score": score, "hf_subset": "default"}] for split in splits}
+    write_json(folder / result, {"scores": scores})
+    record = {
+        "task": task,
+        "type": type_,
+        "in_benchmark": in_benchmark,
+        "main_score": "spearman",
+        "splits": list(splits),
+        "data": "local-0123456789abcdef",
+        "noise": noise,
+        "result": result,
+        "finished": finished,
+    }
+    write_json(folder / "records" / f"{task}{'.noise' if noise else ''}.json", record)
+    write_json(folder / "settings.json", {"label": folder.name, "model": f"local/{folder.name}", "dtype": "fp32"})

@@ -213,7 +213,7 @@ def test_data_files(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"name": "a", "path": "a.jsonl", "instructions": ["find"]}]))
     assert [spec.name for spec in read_data_file(str(path))] == ["a"]
-    with pytest.raises(ValueError, match=r"Unknown dataset \['b'\].*lists \['a'\]"):
+    with pytest.raises(ValueError, match=r"\['b'\].*\['a'\]"):
         read_data_file(str(path), ["b"])
     for entries, message in (
         ([], "at least one dataset"),
@@ -264,7 +264,7 @@ def test_instructions_alternate():
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match="'b' gives 16 rows per epoch, fewer than the 18"):
+    with pytest.raises(ValueError, match="'b'.* 16 .* 18"):
         SingleDatasetBatchSampler(training_data(), 18)
 
 
@@ -388,7 +388,7 @@ def test_examples_of_streamed_rows_come_from_their_batch(tmp_path):
 
 def test_a_stream_stops_where_it_must(tmp_path):
     data = TrainingData(*streams(tmp_path, a=3))
-    with pytest.raises(ValueError, match="'a' has 3 rows, fewer than the 4 of a global batch"):
+    with pytest.raises(ValueError, match="'a'.* 3 .* 4 "):
         list(StreamedBatches(data, batch_size=4))
     (tmp_path / "a.jsonl").write_text('{"query": "q", "positive": "p"}\n{"query": "q"}\n')
     with pytest.raises(BadRow, match="line 2: no positive"):

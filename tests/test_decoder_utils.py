@@ -77,7 +77,7 @@ class TestGroups:
 
 class TestPacked:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_any_lengths_with_and_without_head(self, family, make_model, monkeypatch):
+    def test_any_lengths_with_and_without_prefix(self, family, make_model, monkeypatch):
         model = make_model(family)
         results = []
         monkeypatch.setattr(

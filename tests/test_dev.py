@@ -96,7 +96,7 @@ def test_held_out_rows_are_not_trained_on():
     spec = DatasetSpec("a", "a.jsonl", ["find"])
     rest, dev = held_out(datasets.Dataset.from_list(rows), spec, 10, seed=1)
     assert 0 < len(rest) <= 30 and dev.instruction == "find"
-    with pytest.raises(ValueError, match="--dev_rows 40 leaves nothing to train on: a has 40 rows"):
+    with pytest.raises(ValueError, match="--dev_rows 40.*a has 40"):
         held_out(datasets.Dataset.from_list(rows), spec, 40, seed=1)
     assert not set(rest["query"]) & set(dev.queries)
     assert not set(rest["positive"]) & set(dev.corpus)

@@ -188,7 +188,7 @@ def test_parts_of_an_aggregate_have_its_instruction():
     assert {instructions(part.metadata, "query") for part in parts} == {instructions.table["CQADupstackRetrieval"]}
 
 
-def test_examples_reach_the_head_of_queries_only(saved_dir, data_dir, tmp_path):
+def test_examples_reach_the_prefix_of_queries_only(saved_dir, data_dir, tmp_path):
     icl = tmp_path / "icl"
     icl.mkdir()
     for name in ("STS16", "SciFact", "X-Mine"):

@@ -180,7 +180,7 @@ def test_any_sentence_transformers_model_can_be_scored(sentence_transformer, dat
 
 
 def test_options_of_ours_do_not_fit_other_models(sentence_transformer, data_dir, tmp_path):
-    with pytest.raises(ValueError, match="--pooling last_token, --max_length: only for Causal2Vec saved_dirs"):
+    with pytest.raises(ValueError, match="--pooling last_token, --max_length"):
         load(sentence_transformer, data_dir, tmp_path, "--pooling", "last_token", "--max_length", "9")
 
 

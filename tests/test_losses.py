@@ -56,6 +56,17 @@ def test_settings_that_cannot_work_are_refused(arguments):
         InfoNCE(**arguments)
 
 
+def test_matryoshka_is_the_mean_over_sizes():
+    queries, documents = torch.randn(4, 6), torch.randn(4, 6)
+    ids = (torch.arange(4), torch.arange(4))
+    plain = InfoNCE()
+    expected = (plain(queries, documents, *ids) + plain(queries[:, :3], documents[:, :3], *ids)) / 2
+    loss = InfoNCE(matryoshka_dims=[3])(queries, documents, *ids)
+    assert torch.allclose(loss, expected)
+    with pytest.raises(ValueError, match="between 1 and 6"):
+        InfoNCE(matryoshka_dims=[8], embedding_size=6)
+
+
 def split_batch(batch, size):
     rows = len(next(iter(batch.values())))
     return [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
