@@ -1,4 +1,4 @@
-"""Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
+"""What tests share: tiny random backbones of every promised family, models made of them, and runs that train them."""
 
 import copy
 import functools
@@ -354,6 +354,12 @@ def change_config(folder: Path, part: str | None = None, **values) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved model, in one file or in the shards that its index names."""
     index = folder / "model.safetensors.index.json"
@@ -430,7 +436,7 @@ def training_rows(tmp_path_factory):
             }
             for i in range(40)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     entries = [
         {"name": "one", "path": "one.jsonl", "instructions": ["answer the question"]},
         {"name": "two", "path": "two.jsonl", "instructions": ["find similar", "find"], "symmetric": ["find similar"]},

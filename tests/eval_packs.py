@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import write_rows
 
 import eval_mteb
 from evaluation.encoder import MTEBEncoder, ranks
@@ -33,9 +34,7 @@ def write_pack(folder: Path, configs: dict[str, dict[str, list[dict]]], task: di
     for config, splits in configs.items():
         front += [f"- config_name: {config}", "  data_files:"]
         for split, rows in splits.items():
-            file = folder / config / f"{split}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_rows(folder / config / f"{split}.jsonl", rows)
             front += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*front, "---", ""]), encoding="utf-8")
     if task is not None:

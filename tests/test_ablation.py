@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_rows
 from eval_packs import retrieval_configs, write_pack, write_sts
 
 import train
@@ -27,7 +27,7 @@ def study(backbone_dir, tmp_path_factory):
         {"query": f"question {i}", "positive": f"the answer to {i} is {i * 7}", "negatives": [f"no answer {i}"]}
         for i in range(30)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     (folder / "data.json").write_text(json.dumps([{"name": "one", "path": "rows.jsonl", "instructions": ["answer"]}]))
     recipe = {
         "encoder": backbone_dir("bert"),

@@ -1,4 +1,4 @@
-"""Rows of every layout, broken rows, single-dataset batches, in-context examples."""
+"""training/data.py: rows of every layout, broken rows, single-dataset batches, in-context examples."""
 
 import codecs
 import gzip
@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import write_rows
 
 from training.data import (
     BadRow,
@@ -177,7 +178,7 @@ def test_files_become_memory_mapped_rows(tmp_path):
     import datasets
 
     rows = rows_of("x", 5, 2)
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "x.jsonl", rows)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
     for name in ("x.jsonl", "x.parquet"):
         loaded = load_rows(DatasetSpec("x", name, ["find"]), str(tmp_path), str(tmp_path / "cache"))
@@ -188,15 +189,15 @@ def test_files_become_memory_mapped_rows(tmp_path):
 def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "x.jsonl"
     spec = DatasetSpec("x", "x.jsonl", ["find"])
-    path.write_text(json.dumps({"query": "old", "positive": "p"}) + "\n")
+    write_rows(path, [{"query": "old", "positive": "p"}])
     assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["old"]
-    path.write_text(json.dumps({"query": "newer", "positive": "p"}) + "\n")
+    write_rows(path, [{"query": "newer", "positive": "p"}])
     assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["newer"]
 
 
 def test_a_file_beside_the_data_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here.jsonl").write_text(json.dumps({"query": "q", "positive": "p"}) + "\n")
+    write_rows(tmp_path / "here.jsonl", [{"query": "q", "positive": "p"}])
     spec = DatasetSpec("x", "here.jsonl", ["find"])
     assert load_rows(spec, "elsewhere", str(tmp_path / "cache"))["query"][:] == ["q"]
 
@@ -339,7 +340,7 @@ def streams(tmp_path, **counts):
         if name == "p":
             datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
         else:
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(tmp_path / f"{name}.jsonl", rows)
         instructions = [f"find {name}", f"similar {name}"]
         path = f"{name}.{'parquet' if name == 'p' else 'jsonl'}"
         specs.append(DatasetSpec(name, path, instructions, symmetric=instructions[1:]))

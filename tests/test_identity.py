@@ -22,7 +22,7 @@ mteb = pytest.importorskip("mteb")
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_two_saved_dirs_never_share_a_result(saved_dir, tiny_model, data_dir, tmp_path):
+def test_two_checkpoints_never_share_a_result(saved_dir, tiny_model, data_dir, tmp_path):
     other = tmp_path / "other" / "model"  # the same leaf name
     changed = copy.deepcopy(tiny_model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""InfoNCE against hand-made matrices and closed forms; GradCache against the full batch; two gloo ranks against one."""
+"""training/losses.py: InfoNCE in closed forms; GradCache against the full batch; two gloo ranks against one."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def test_gradcache_gradients_equal_the_full_batch(make_model, lora):
     cached = gradcache_backward(
         lambda batch: model(**batch).embeddings, loss_from, [split_batch(queries, 2), split_batch(documents, 3)]
     )
-    assert cached.item() == pytest.approx(full.item(), abs=1e-6)
+    assert cached.item() == pytest.approx(full.item(), abs=1e-5)
     actual = gradients(model)
     assert actual.keys() == expected.keys() and len(actual) > 4
     for name, gradient in expected.items():

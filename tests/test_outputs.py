@@ -22,10 +22,8 @@ def test_a_run_too_short_for_a_log_entry_is_saved_all_the_same(run):
     assert (folder / "model.safetensors").exists() and (folder / "training.png").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, told", [((), "shorter vectors were not trained for"), ((32,), "trained for 32 numbers")]
-)
-def test_the_card_says_which_sizes_were_trained(run, flags, told):
+@pytest.mark.parametrize("flags", [(), (32,)])
+def test_the_card_says_which_sizes_were_trained(run, flags):
     folder = run("--max_steps", 1, *(("--matryoshka_dims", *flags) if flags else ()))
     assert facts(folder)["arguments"]["matryoshka_dims"] == (list(flags) or None)
-    assert told in (folder / "README.md").read_text()
+    assert ("32 numbers" in (folder / "README.md").read_text()) == bool(flags)

@@ -1,4 +1,4 @@
-"""evaluation/plots.py."""
+"""evaluation/plots.py: the bars and dots are the numbers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Means, comparisons and figures, from numbers that can be checked by hand."""
+"""evaluation/report.py: means and comparisons, from numbers that can be checked by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Choosing tasks, local folders, tasks of one's own, prefetching."""
+"""evaluation/tasks.py: choosing tasks, local folders, tasks of one's own, prefetching."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Causal2VecProcessor: how rows are laid out, and that no text can change the layout."""
+"""tokenization_utils.py: how rows are laid out, and that no text can change the layout."""
 
 import copy
 
