@@ -55,6 +55,16 @@ def plain(model, texts, instructions=None, examples=None) -> np.ndarray:
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 
+def gradients(model, batch, **kwargs) -> dict[str, torch.Tensor]:
+    """Of a weighted sum of a batch's embeddings."""
+    model.zero_grad()
+    embeddings = model(**batch, **kwargs).embeddings
+    (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
 def difference(left, right) -> float:
     return (torch.as_tensor(left) - torch.as_tensor(right)).abs().max().item()
 

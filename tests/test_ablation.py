@@ -1,7 +1,6 @@
 """scripts/ablation.py: what is run, what is kept, what the tables say; on tiny backbones and packs."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, write_rows
@@ -168,14 +167,6 @@ def test_every_variant_is_a_model_that_trains(backbone_dir):
     assert {row.variant for row in rows if not row.variant.startswith(ablation.ENCODER)} == set(ablation.VARIANTS)
 
 
-def test_other_encoders_have_rows_of_their_own():
-    runs = {"encoder:mine": {1: {}}, "encoder:gte-small": {1: {}}, "default": {1: {}}}
-    assert [row.label for row in ablation.rows_of("encoders", runs)][-1] == "mine"
-    assert ablation.rows_of("tokens", runs) == ablation.STUDIES["tokens"][1]
-    args = SimpleNamespace(study=["encoders"], icl=None, encoders={"mine": "folder"})
-    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "encoder:mine"]
-
-
 @pytest.mark.parametrize(
     "flags, told",
     [
@@ -196,8 +187,3 @@ def test_a_recipe_that_joins_no_backbones(tmp_path):
     args = ablation.parse_args(["--recipe", str(tmp_path / "recipe.json"), "--data_dir", "x"])
     with pytest.raises(ValueError, match=r"\['model'\]"):
         ablation.base_recipe(args)
-
-
-def test_nothing_to_draw(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished run"):
-        ablation.main(["--redraw", "--output", str(tmp_path)])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, TEXTS, plain
+from conftest import DECODERS, TEXTS, gradients, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize, prune
@@ -408,23 +408,16 @@ class TestDecodersThatCannot:
 
 class TestGradients:
     def gradients(self, model, batch):
-        model.zero_grad()
+        """And the tokens that the decoder read."""
         with decoder_tokens(model) as seen:
-            embeddings = model(**batch).embeddings
-        weights = torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)
-        (embeddings * weights).sum().backward()
-        return (
-            embeddings.detach(),
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
-            sum(rows * tokens for rows, tokens in seen),
-        )
+            found = gradients(model, batch)
+        return found, sum(rows * tokens for rows, tokens in seen)
 
     def check(self, model, instructions):
         model.train()
-        whole, whole_gradients, whole_tokens = self.gradients(model, model.processor(TEXTS, instructions))
+        whole_gradients, whole_tokens = self.gradients(model, model.processor(TEXTS, instructions))
         batch = model.processor(TEXTS, instructions, return_prefix_ids=True)
-        shared, shared_gradients, shared_tokens = self.gradients(model, batch)
-        torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
+        shared_gradients, shared_tokens = self.gradients(model, batch)
         assert shared_gradients.keys() == whole_gradients.keys()
         for name, gradient in whole_gradients.items():
             scale = gradient.abs().max()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TEXTS
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from saving_utils import SHIPPED_CODE
@@ -221,11 +221,6 @@ class TestFolders:
             assert "--" not in str(auto_map), "points to another repository"
         again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
         assert np.abs(again.encode(TEXTS) - tiny_model.encode(TEXTS)).max() <= 1e-6
-
-    def test_configuration(self, tiny_model, saved_dir):
-        config = AutoConfig.from_pretrained(saved_dir, trust_remote_code=True)
-        assert config.model_type == "causal2vec"
-        assert config.to_dict() == tiny_model.config.to_dict() | {"auto_map": config.auto_map}
 
     def test_code_is_run_only_with_consent(self, saved_dir):
         with pytest.raises(ValueError, match="trust_remote_code"):

@@ -131,16 +131,6 @@ def test_max_seq_length_is_the_models(saved_dir, tiny_model, tmp_path):
             model.max_seq_length = wrong
 
 
-@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
-def test_precisions(model, tiny_model, precision):
-    from sentence_transformers.util import quantize_embeddings
-
-    texts = TEXTS * 3
-    quantized = model.encode(texts, precision=precision)
-    assert quantized.shape == (len(texts), 64 // (8 if "binary" in precision else 1))
-    assert np.array_equal(quantized, quantize_embeddings(model.encode(texts), precision=precision))
-
-
 def test_multi_process_pool(model):
     pool = model.start_multi_process_pool(target_devices=["cpu"])  # one worker: each imports everything anew
     try:

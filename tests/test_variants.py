@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, gradients
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from test_configuration_causal2vec import make_config
 from transformers import AutoModel, AutoProcessor
@@ -177,17 +177,12 @@ class TestVectors:
 
     def test_gradients_reach_all_weights_that_are_there(self, variants, name):
         model = variants(name)
-        results = {}
-        for share in (False, True):
-            model.zero_grad()
-            embeddings = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=share)).embeddings
-            (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
-            results[share] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        missing = {key for key, _ in model.named_parameters()} - set(results[False])
-        assert missing == set()
-        for key, gradient in results[False].items():
-            assert (results[True][key] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), key
+        whole, shared = (
+            gradients(model, model.processor(TEXTS, INSTRUCTION, return_prefix_ids=share)) for share in (False, True)
+        )
+        assert whole.keys() == {key for key, _ in model.named_parameters()}
+        for key, gradient in whole.items():
+            assert (shared[key] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), key
             if model.projector is not None and "projector" in key and "in_proj_bias" not in key:
                 assert gradient.abs().max() > 0, key
 
