@@ -28,13 +28,9 @@ CONVERTED = {  # markitdown's converter, and the largest file that memory is tak
     ".docx": ("DocxConverter", 1 << 29),
 }
 SUFFIXES = (*MARKDOWN, *KINDS, *CONVERTED)
-PART = (
-    1 << 14
-)  # characters that are cut at a time; on text without white space the splitter's time grows with their square
+PART = 1 << 14  # characters cut at a time: without white space between them, the time grows with the square of it
 ROWS = 256  # of a table, read at a time
-
-
-HEADINGS = re.compile(r"(#{1,6} [^\n]*\s*)+")  # of Markdown, and nothing else
+HEADINGS = re.compile(r"(?:#{1,6} [^\n]*(?:\n+|\Z))+")  # of Markdown, and nothing else
 
 
 class Passage(NamedTuple):
@@ -148,6 +144,8 @@ def examine(path: str) -> Facts:
                     except UnicodeDecodeError:
                         encoding = "cp1252"
                 digest.update(part)
+            if encoding == "utf-8" and decoder.getstate()[0]:  # half a character at the end
+                encoding = "cp1252"
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror or error}.") from error
     return Facts(digest.hexdigest(), encoding)
