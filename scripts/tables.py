@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -91,7 +92,7 @@ def byte_order_encoding(head: bytes) -> str | None:
 def open_text(path: str, encoding: str | None, newline: str | None) -> io.TextIOWrapper:
     """A file, or standard input, as text."""
     try:
-        file = io.BufferedReader(io.FileIO(0, closefd=False)) if path == "-" else open(path, "rb")
+        file = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")
         encoding = encoding or byte_order_encoding(file.peek(4)) or "utf-8"
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror or error}.") from error

@@ -298,9 +298,9 @@ def test_encode_keeps_columns_and_takes_any_table(tmp_path, model_dir, tiny_mode
     np.testing.assert_allclose(table["half"].to_pylist(), expected, atol=1e-3)
 
     csv = "body,id\r\n" + "\r\n".join(f"{text},{i}" for i, text in enumerate(texts))
-    standard_input = io.FileIO(write(tmp_path / "in", csv))
-    monkeypatch.setattr("scripts.tables.io.FileIO", lambda number, closefd: standard_input)
-    run(["encode", "-", "--format", "csv", "-o", str(tmp_path / "c.npy"), *options], capsys)
+    with open(write(tmp_path / "in", csv)) as standard_input, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", standard_input)
+        run(["encode", "-", "--format", "csv", "-o", str(tmp_path / "c.npy"), *options], capsys)
     np.testing.assert_allclose(np.load(tmp_path / "c.npy"), expected, atol=1e-6)
 
 
