@@ -24,9 +24,9 @@ from pathlib import Path
 
 from scripts.exits import exit_code
 from scripts.index import BATCH, Index, UnreadableFile, Update, check_name, locked
-from scripts.writers import Parts, check_output
 from scripts.passages import Found, Passage, Splitters, default_tokens, examine, read_passages, walk
 from scripts.tables import KINDS, read_rows
+from scripts.writers import Parts, check_output
 from serving.loading import load_model
 from serving.precision import PRECISIONS, check_precision, store
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from scripts import writers
-from scripts.writers import Parts, check_output, to_table
 from scripts.tables import Rows
+from scripts.writers import Parts, check_output, to_table
 from serving.precision import store
 from serving.vectors import read_fingerprint
 
