@@ -391,7 +391,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port, *address[2:]))  # getaddrinfo takes a port modulo 65536
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f"Cannot listen at {host}, port {port}: {str(error).rstrip(".")}. Choose others with --host, --port."
+            f"Cannot listen at {host}, port {port}: {str(error).rstrip('.')}. Choose others with --host, --port."
         ) from error
     return listener
 
