@@ -233,7 +233,7 @@ def keep_hashes(rows, hashes):
 
 @contextmanager
 def ray_cluster(args: argparse.Namespace) -> Iterator[int]:
-    """Ray, started here or on a cluster that runs already, and the number of encoders for it."""
+    """Ray, started here, on a cluster or in this process already, and the number of encoders for it."""
     import ray
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -244,7 +244,9 @@ def ray_cluster(args: argparse.Namespace) -> Iterator[int]:
     else:
         names = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
         where = {"runtime_env": {"env_vars": {name: os.environ[name] for name in names if name in os.environ}}}
-    ray.init(address=args.address, logging_level="ERROR", **where)
+    starts = not ray.is_initialized()
+    if starts:
+        ray.init(address=args.address, logging_level="ERROR", **where)
     try:
         total = ray.cluster_resources()
         units = total.get("GPU", 0) / args.gpus_per_actor if args.gpus_per_actor else None
@@ -255,7 +257,8 @@ def ray_cluster(args: argparse.Namespace) -> Iterator[int]:
         cause = getattr(error, "cause", None) or str(error).strip().splitlines()[-1]
         raise ValueError(f"{cause} What is written stays: the same command goes on from there.") from error
     finally:
-        ray.shutdown()
+        if starts:
+            ray.shutdown()
 
 
 def write_vectors(
@@ -303,7 +306,7 @@ def embed_corpus(args: argparse.Namespace) -> None:
     model = load_model(args.model, dtype=args.dtype, revision=args.revision, device="cpu")
     options["dim"] = model.config.embedding_size if args.truncate_dim is None else args.truncate_dim
     check_precision(args.precision, options["dim"])
-    options["id_type"] = run.get("id_type") or id_type_of(files, next(iter(inputs)), args.id_column)
+    options["id_type"] = run.get("id_type") or id_type_of(files, next(iter(inputs)), args.id_column, args.text_column)
     fingerprint = fingerprint_of(model, options)
     del model
     made_of = {"fingerprint": fingerprint} | {name: options[name] for name in ("precision", "keep_text", "id_type")}
@@ -317,8 +320,9 @@ def embed_corpus(args: argparse.Namespace) -> None:
     with ray_cluster(args) as actors:
 
         def rows(text_column):
-            source = (list(inputs), args.id_column, text_column, options["id_type"], args.rows_per_file)
-            return ray.data.read_datasource(Rows(*source, filesystem=files), override_num_blocks=len(inputs))
+            how = {"id_column": args.id_column, "text_column": text_column, "id_type": options["id_type"]}
+            source = Rows(list(inputs), how | {"block_rows": args.rows_per_file}, filesystem=files)
+            return ray.data.read_datasource(source, override_num_blocks=len(inputs))
 
         if run.get("checked") != content:
             count = count_ids(rows(None))

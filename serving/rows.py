@@ -22,22 +22,17 @@ from ray.data.datasource import FileBasedDatasource
 
 
 SUFFIX = re.compile(r"\.(parquet|jsonl|ndjson|csv)(?:\.(?:gz|bz2|zst|lz4))?$", re.IGNORECASE)
+PEEKED = 100  # rows that tell what a file is like
 MAGIC = re.compile(r"[*?\[]")
 ID_TYPES = {"string": pa.string(), "int64": pa.int64()}
 
 
 class Rows(FileBasedDatasource):
-    """
-    Args:
-        paths: Files; a compressed jsonl or csv file tells so by its suffix.
-        id_column, text_column: Where to look; without a text column, ids alone are read.
-        id_type: "int64", or "string", which numbers are turned into.
-        block_rows: Most rows of a block.
-    """
+    """Files as Ray Data reads them; the arguments are those of `read_blocks`."""
 
-    def __init__(self, paths, id_column: str, text_column: str | None, id_type: str, block_rows: int, **kwargs):
+    def __init__(self, paths: list[str], how: dict, **kwargs):
         super().__init__(paths, **kwargs)
-        self.id_column, self.text_column, self.id_type, self.block_rows = id_column, text_column, id_type, block_rows
+        self.how = how
 
     def _open_input_source(self, filesystem, path: str, **kwargs):
         if file_kind(path) == "parquet":  # its table of contents is at the end
@@ -45,28 +40,43 @@ class Rows(FileBasedDatasource):
         return super()._open_input_source(filesystem, path, **kwargs)
 
     def _read_stream(self, file, path: str) -> Iterator[pa.Table]:
-        rows = read_rows(file, path, self.id_column, self.text_column, self.block_rows)
-        start = 0
-        while block := list(islice(rows, self.block_rows)):
-            checked = [self._check(path, start + place, *row) for place, row in enumerate(block)]
-            ids, texts, errors = zip(*checked, strict=True)
-            yield pa.table(
-                {
-                    "id": pa.array(ids, ID_TYPES[self.id_type]),
-                    "text": pa.array(texts, pa.large_string()),
-                    "error": pa.array(errors, pa.string()),
-                }
-            )
-            start += len(block)
+        return read_blocks(file, path, **self.how)
 
-    def _check(self, path: str, number: int, raw_id, raw_text, error: str | None):
-        row_id = usable_id(raw_id, self.id_type)
-        if row_id is None:
-            error = error or f"no {self.id_type} id: {raw_id!r:.40}"
-            return lost_id(path, number, self.id_type), None, f"{error}, row {number} of {path}"
-        if self.text_column is None:
-            return row_id, None, None
-        return row_id, *usable_text(raw_text)
+
+def read_blocks(
+    file, path: str, id_column: str, text_column: str | None, id_type: str, block_rows: int
+) -> Iterator[pa.Table]:
+    """
+    Args:
+        file: Opened for reading bytes; it is read in parts.
+        path: Its name; the suffix says what it holds.
+        id_column, text_column: Where to look; without a text column ids alone are read, and no text is missed.
+        id_type: "int64", or "string", which numbers are turned into.
+        block_rows: Most rows of a block.
+
+    Raises:
+        ValueError: the file lacks a column.
+    """
+    rows = enumerate(read_rows(file, path, id_column, text_column, block_rows))
+    while block := list(islice(rows, block_rows)):
+        checked = []
+        for number, (raw_id, raw_text, error) in block:
+            row_id = usable_id(raw_id, id_type)
+            text = None
+            if row_id is None:
+                row_id = lost_id(path, number, id_type)
+                error = f"{error or 'no id'}: row {number} of {path}"
+            elif text_column is not None:
+                text, error = usable_text(raw_text)
+            checked.append((row_id, text, error))
+        ids, texts, errors = zip(*checked, strict=True)
+        yield pa.table(
+            {
+                "id": pa.array(ids, ID_TYPES[id_type]),
+                "text": pa.array(texts, pa.large_string()),
+                "error": pa.array(errors, pa.string()),
+            }
+        )
 
 
 def file_kind(path: str) -> str:
@@ -109,7 +119,7 @@ def read_rows(file, path: str, id_column: str, text_column: str | None, block_ro
         if isinstance(row, dict):
             yield row.get(id_column), row.get(text_column), None
         else:
-            yield None, None, f"no JSON object: {line[:40]!r}"
+            yield None, None, "no JSON object"
 
 
 def check_columns(path: str, wanted: list[str], found: list[str]) -> None:
@@ -207,9 +217,21 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) and ("**" in pattern or path.count("/") == pattern.count("/"))
 
 
-def id_type_of(files: FileSystem, path: str, id_column: str) -> str:
-    """What the first row's id says of all: "int64" or "string"."""
+def id_type_of(files: FileSystem, path: str, id_column: str, text_column: str) -> str:
+    """
+    "int64" if the first id is a number, or else "string".
+
+    Raises:
+        ValueError: the first rows have no id or no text, as when a column has another name.
+    """
     is_parquet = file_kind(path) == "parquet"
     with files.open_input_file(path) if is_parquet else files.open_input_stream(path) as file:
-        first = next(read_rows(file, path, id_column, None, 1), (None,))[0]
-    return "int64" if isinstance(first, int) and usable_id(first, "int64") is not None else "string"
+        rows = list(islice(read_rows(file, path, id_column, text_column, PEEKED), PEEKED))
+    ids = [raw for raw, _, _ in rows if usable_id(raw, "string") is not None]
+    for name, option, found in (
+        (id_column, "--id_column", ids),
+        (text_column, "--text_column", [raw for _, raw, _ in rows if usable_text(raw)[0]]),
+    ):
+        if not found:
+            raise ValueError(f"The first {len(rows)} rows of {path} have nothing under {name!r}; see {option}.")
+    return "int64" if isinstance(ids[0], int) and usable_id(ids[0], "int64") is not None else "string"

@@ -1,0 +1,240 @@
+"""Embeds real sentences with `serving.corpus` on this machine while parts of it are killed, and checks what is left.
+
+    python -m benchmarks.corpus --data_dir ../shared/data/corpus --output benchmarks/results/corpus.json
+
+One job over all sentences is cut off four times: an actor, the driver, the raylet and the GCS get SIGKILL, in this order,
+each after another fifth of the rows; the same command then goes on. At the end every id must be there exactly once, and a
+sample of vectors must equal `encode`. Memory is what all processes of a job use together (PSS, without the object store's
+pages twice), against a job over a tenth of the rows. Two actors and one take turns on that tenth, one thread each; rows per
+second are between the first and the last file written, so that starting does not count.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from saving_utils import write_json
+
+
+ROOT = Path(__file__).resolve().parent.parent
+VICTIMS = {"actor": "MapBatches(Encoder)", "driver": "serving.corpus", "raylet": "raylet", "gcs": "gcs_server"}
+
+
+def read_sentences(folder: Path, count: int) -> list[str]:
+    """The first different sentences of 40 to 200 characters, as many of each file as of any other."""
+    import zstandard
+
+    found: dict[str, None] = {}
+    files = sorted(folder.glob("*.txt.zst"))
+    for number, file in enumerate(files, 1):
+        with file.open("rb") as stream:
+            for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(stream), encoding="utf-8"):
+                pieces = re.split(r"(?<=[.!?])\s+", line.strip())
+                found |= dict.fromkeys(piece for piece in pieces if 40 <= len(piece) <= 200)
+                if len(found) >= count * number / len(files):
+                    break
+    if len(found) < count:
+        raise ValueError(f"{folder} holds {len(found)} sentences, {count} are needed.")
+    return list(found)[:count]
+
+
+def write_corpus(folder: Path, sentences: list[str], files: int) -> None:
+    """Parquet files with whole numbers for ids."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True)
+    for number in range(files):
+        ids = range(number, len(sentences), files)
+        pq.write_table(pa.table({"id": ids, "text": [sentences[i] for i in ids]}), folder / f"{number}.parquet")
+
+
+class Job:
+    """A running command, and how much memory all of its processes have used at once."""
+
+    def __init__(self, corpus: Path, output: Path, actors: int, rows_per_file: int):
+        command = [sys.executable, "-m", "serving.corpus", "--input", str(corpus), "--output", str(output)]
+        command += [
+            "--actors",
+            str(actors),
+            "--rows_per_file",
+            str(rows_per_file),
+            "--object_store_memory",
+            "200000000",
+        ]
+        self.log, self.output, self.peak = tempfile.TemporaryFile("w+"), output, 0
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.members: dict = {}
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Looks at all processes every few seconds."""
+        import psutil
+
+        while self.process.poll() is None:
+            total = 0
+            try:
+                processes = [driver := psutil.Process(self.process.pid), *driver.children(recursive=True)]
+            except psutil.Error:
+                return
+            for process in processes:
+                try:
+                    total += process.memory_full_info().pss
+                    self.members[process.pid] = process
+                except psutil.Error:  # it has just ended
+                    continue
+            self.peak = max(self.peak, total)
+            time.sleep(3)
+
+    def rows(self) -> int:
+        """How many rows are written and known to the checkpoint."""
+        from serving.corpus import Output
+
+        return Output(str(self.output)).count_done()
+
+    def wait_for(self, rows: int) -> None:
+        while self.rows() < rows:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The job ended after {self.rows()} of {rows} rows: {self.told()}")
+            time.sleep(1)
+
+    def kill(self, victim: str) -> None:
+        """Ends one process of the job at once."""
+        import psutil
+
+        driver = psutil.Process(self.process.pid)
+        for process in [driver, *driver.children(recursive=True)]:
+            line = " ".join(process.cmdline())
+            found = (
+                Path(line.split()[0]).name == VICTIMS[victim]
+                if victim in ("raylet", "gcs")
+                else VICTIMS[victim] in line
+            )
+            if found and (victim != "driver" or process == driver):
+                process.send_signal(signal.SIGKILL)
+                return
+        raise RuntimeError(f"There is no {victim}.")
+
+    def end(self) -> int:
+        """Waits for the command, and sees to it that nothing of it lives on."""
+        import psutil
+
+        code = self.process.wait()
+        _, alive = psutil.wait_procs(list(self.members.values()), timeout=60)
+        self.left = len(alive)
+        for process in alive:
+            process.kill()
+        return code
+
+    def told(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-2000:]
+
+
+def speed(output: Path) -> float:
+    """Rows per second between the first and the last file."""
+    import pyarrow.parquet as pq
+
+    files = sorted((output / "data").glob("*.parquet"), key=lambda file: file.stat().st_mtime)
+    rows = sum(pq.read_metadata(file).num_rows for file in files[1:])
+    return rows / (files[-1].stat().st_mtime - files[0].stat().st_mtime)
+
+
+def read_vectors(output: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `(rows,)` and vectors `(rows, dim)`."""
+    from serving.corpus import Output
+
+    table = Output(str(output)).dataset().to_table(columns=["id", "embedding"])
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table["id"].to_numpy(), vectors.reshape(len(table), -1)
+
+
+def interrupt(corpus: Path, output: Path, count: int, rows_per_file: int) -> dict:
+    """Kills each victim once, goes on each time, and returns what happened."""
+    events, peak = [], 0
+    job = Job(corpus, output, 2, rows_per_file)
+    for number, victim in enumerate(VICTIMS, 1):
+        job.wait_for(count * number // (len(VICTIMS) + 1))
+        at, started = job.rows(), time.perf_counter()
+        job.kill(victim)
+        event = {"killed": victim, "rows_done": at}
+        if victim != "actor":  # Ray starts another actor, and the job goes on
+            event |= {"exit_code": job.end(), "seconds_to_end": round(time.perf_counter() - started, 1)}
+            event |= {"processes_left": job.left, "rows_kept": job.rows()}
+            peak = max(peak, job.peak)
+            job = Job(corpus, output, 2, rows_per_file)
+        events.append(event)
+        print(json.dumps(event), flush=True)
+    if code := job.end():
+        raise RuntimeError(f"The last run ended with {code}: {job.told()}")
+    return {"events": events, "peak_bytes": max(peak, job.peak)}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    """All of it."""
+    from serving.corpus import Output
+    from serving.loading import load_model
+
+    sentences = read_sentences(args.data_dir, args.texts)
+    write_corpus(folder / "all", sentences, files=8)
+    write_corpus(folder / "tenth", sentences[: args.texts // 10], files=8)
+    results = {"texts": args.texts, "characters": sum(map(len, sentences)), "cores": os.cpu_count()}
+    speeds: dict[int, list[float]] = {2: [], 1: []}
+    load = []  # of the whole machine, on average over a minute, at the end of each job
+    for turn in range(args.repeats):
+        for actors in speeds:
+            job = Job(folder / "tenth", folder / f"tenth-{actors}-{turn}", actors, args.rows_per_file)
+            if code := job.end():
+                raise RuntimeError(f"A run ended with {code}: {job.told()}")
+            speeds[actors].append(speed(job.output))
+            load.append(round(os.getloadavg()[0], 1))
+            print(json.dumps({"actors": actors, "rows_per_second": speeds[actors][-1]}), flush=True)
+            if actors == 2:
+                results["tenth_peak_bytes"] = max(results.get("tenth_peak_bytes", 0), job.peak)
+    results["rows_per_second"] = {str(actors): [round(value, 2) for value in found] for actors, found in speeds.items()}
+    results["load_average"] = load
+    results["two_actors_over_one"] = float(np.median(speeds[2]) / np.median(speeds[1]))
+    results |= interrupt(folder / "all", folder / "out", args.texts, args.rows_per_file)
+
+    ids, vectors = read_vectors(folder / "out")
+    results["ids"], results["different_ids"] = len(ids), len(np.unique(ids))
+    results["every_id_once"] = sorted(ids.tolist()) == list(range(args.texts))
+    results["summary"] = Output(str(folder / "out")).read()["summary"]
+    sample = np.random.default_rng(0).choice(len(ids), min(args.compared, len(ids)), replace=False)
+    expected = load_model(str(ROOT), device="cpu").encode([sentences[i] for i in ids[sample]])
+    results["compared"], results["largest_difference"] = len(sample), float(np.abs(vectors[sample] - expected).max())
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.corpus", description=__doc__.split("\n")[0])
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of .txt.zst files")
+    parser.add_argument("--texts", type=int, default=20000, help="sentences (default: 20000)")
+    parser.add_argument("--rows_per_file", type=int, default=128, help="of all jobs (default: 128)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of two actors and one (default: 2)")
+    parser.add_argument("--compared", type=int, default=2000, help="vectors to compare with encode (default: 2000)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "corpus.json")
+    args = parser.parse_args(argv)
+    folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+    try:
+        results = measure(args, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(args.output, results)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
