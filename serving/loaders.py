@@ -101,7 +101,10 @@ def load_lance(vectors: Vectors, uri: str, name: str, index: str) -> int:
             yield pa.record_batch([columns[field] for field in schema.names], schema=schema)
 
     database = lancedb.connect(uri)
-    table = database.create_table(name, schema=schema, exist_ok=True)
+    try:
+        table = database.open_table(name)
+    except ValueError:  # there is none
+        table = database.create_table(name, schema=schema)
     held = json.loads((table.schema.metadata or {}).get(KEY, b"null"))
     check_fingerprint(held, vectors.fingerprint, f"the table {name} of {uri}")
     if table.count_rows() == 0:
