@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -249,13 +250,15 @@ def ray_cluster(args: argparse.Namespace) -> Iterator[int]:
         ray.init(address=args.address, logging_level="ERROR", **where)
     try:
         total = ray.cluster_resources()
-        units = total.get("GPU", 0) / args.gpus_per_actor if args.gpus_per_actor else None
-        yield args.actors or max(
-            1, int((total["CPU"] - OTHER_TASKS) // args.cpus_per_actor if units is None else units)
-        )
+        if args.gpus_per_actor:
+            room = total.get("GPU", 0) / args.gpus_per_actor
+        else:
+            room = (total["CPU"] - OTHER_TASKS) / args.cpus_per_actor
+        yield args.actors or max(1, int(room))
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or str(error).strip().splitlines()[-1]
-        raise ValueError(f"{cause} What is written stays: the same command goes on from there.") from error
+        lines = re.findall(r"^(?!.*UserCodeException)[\w.]*(?:Error|Exception)\w*: .+", str(error), re.MULTILINE)
+        told = lines[-1] if lines else str(error).strip().splitlines()[-1]
+        raise ValueError(f"{told} What is written stays: the same command goes on from there.") from error
     finally:
         if starts:
             ray.shutdown()
@@ -303,16 +306,18 @@ def embed_corpus(args: argparse.Namespace) -> None:
 
     names = ("model", "revision", "dtype", "instruction", "batch_size", "batch_tokens", "precision", "keep_text")
     options = {name: getattr(args, name) for name in names}
+    if os.path.isdir(args.model):
+        options["model"] = os.path.abspath(args.model)  # actors have another working directory
     model = load_model(args.model, dtype=args.dtype, revision=args.revision, device="cpu")
     options["dim"] = model.config.embedding_size if args.truncate_dim is None else args.truncate_dim
     check_precision(args.precision, options["dim"])
     options["id_type"] = run.get("id_type") or id_type_of(files, next(iter(inputs)), args.id_column, args.text_column)
     fingerprint = fingerprint_of(model, options)
     del model
-    made_of = {"fingerprint": fingerprint} | {name: options[name] for name in ("precision", "keep_text", "id_type")}
+    made_of = {name: options[name] for name in ("precision", "keep_text", "id_type")}
     if run:
-        there, here = ({**made.pop("fingerprint"), **made} for made in ({n: run[n] for n in made_of}, dict(made_of)))
-        check_fingerprint(there, here, f"the vectors in {args.output}")
+        there = run["fingerprint"] | {name: run[name] for name in made_of}
+        check_fingerprint(there, fingerprint | made_of, f"the vectors in {args.output}")
     if run.get("embedded") == content:
         print(f"All texts of --input are in {args.output} already.")
         return tell(run["summary"], args)
@@ -327,7 +332,7 @@ def embed_corpus(args: argparse.Namespace) -> None:
         if run.get("checked") != content:
             count = count_ids(rows(None))
             print(f"{count:,} rows in {len(inputs):,} files, no id twice.", flush=True)
-            run = made_of | {"checked": content, "input_rows": count}
+            run = {"fingerprint": fingerprint, **made_of, "checked": content, "input_rows": count}
             output.write(run)
         before, started = output.count_done(), time.perf_counter()
         write_vectors(rows(args.text_column), output, options, fingerprint, args, actors)
@@ -373,7 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rows_per_file",
         type=positive,
         default=8192,
-        help="what an actor embeds, and can lose, at once (default: 8192)",
+        help="what an actor embeds, and can lose, at once; fewer where texts are very long (default: 8192)",
     )
     add("--actors", type=positive, help="copies of the model (default: as many as there is room for)")
     add("--cpus_per_actor", type=positive, default=1, help="torch's threads in each (default: 1)")
@@ -386,7 +391,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs it; see [`exit_code`] for what it returns."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray reads these when it is imported or started: nothing is told to its makers, and progress is drawn by rich.
+    for name, value in {"USAGE_STATS_ENABLED": "0", "TQDM": "0", "DATA_ENABLE_RICH_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(f"RAY_{name}", value)
     args = build_parser().parse_args(argv)
     return exit_code("corpus", lambda: embed_corpus(args))
 
