@@ -175,7 +175,7 @@ class Demo:
     def passages(self, text: str | None) -> tuple[str, ...]:
         """Cuts a text into passages; raises ValueError if there is none, or it is too long."""
         text = checked("text", text, MAX_CHARS)
-        tokens = len(self.tokenizer.encode(text).ids)
+        tokens = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         if tokens > MAX_TOKENS:  # before it is cut, which takes longest where words are rare
             raise ValueError(f"The text has {tokens:,} tokens; at most {MAX_TOKENS:,} are searched. Shorten it.")
         passages = tuple(self.splitter.chunks(text))
@@ -204,7 +204,7 @@ class Demo:
         return (
             results_html(passages, scores[0], orders[0]),
             results_html(passages, scores[1], orders[1], before),
-            self.facts(milliseconds, size, cut + cut_plain + cut_instructed),
+            self.facts(milliseconds, size, cut + max(cut_plain, cut_instructed)),
         )
 
     def compare(self, lines: str | None, instruction: str | None, size: int) -> tuple[str, str]:
