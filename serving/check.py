@@ -69,9 +69,8 @@ def transformers(model: str, precision: str) -> tuple[Encode, dict | None]:
     from transformers import AutoModel
 
     loaded = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=precision)
-    return lambda texts, instruction: loaded.encode(texts, instruction=instruction, truncation="silent"), (
-        loaded.fingerprint()
-    )
+    silent = {"truncation": "silent"}
+    return lambda texts, instruction: loaded.encode(texts, instruction=instruction, **silent), loaded.fingerprint()
 
 
 def sentence_transformers(model: str, precision: str) -> tuple[Encode, dict | None]:
@@ -129,6 +128,7 @@ ENGINES = {
     "onnx": (onnx, ("onnxruntime", "tokenizers")),
     "server": (server, ("torch", "transformers", "fastapi", "openai")),
 }
+REFUSE_EMPTY = ("server",)  # as OpenAI does
 
 
 def make(model: str) -> dict:
