@@ -128,7 +128,6 @@ ENGINES = {
     "onnx": (onnx, ("onnxruntime", "tokenizers")),
     "server": (server, ("torch", "transformers", "fastapi", "openai")),
 }
-REFUSE_EMPTY = ("server",)  # as OpenAI does
 
 
 def make(model: str) -> dict:
