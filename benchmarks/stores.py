@@ -85,7 +85,8 @@ def search(folder: Path, source: Path, case: tuple[str, str, str], queries: np.n
         table = lancedb.connect(str(folder / "lance")).open_table("corpus")
         distance = "hamming" if precision == "binary" else "cosine"
         found = [
-            table.search(query).distance_type(distance).select(["id", "_distance"]).limit(K).to_arrow()["id"] for query in sought
+            table.search(query).distance_type(distance).select(["id", "_distance"]).limit(K).to_arrow()["id"]
+            for query in sought
         ]
         found = np.array([ids.to_pylist() for ids in found])
     else:

@@ -72,6 +72,7 @@ class Index:
         """A new, empty table for vectors of this fingerprint and passages of at most so many tokens."""
         lancedb, name = needs("lancedb", "lancedb", "Indexes"), check_name(path)
         import pyarrow as pa
+        from lancedb.index import FTS
 
         fields = [
             ("path", pa.string()),
@@ -86,7 +87,8 @@ class Index:
             ("mtime_ns", pa.int64()),
         ]
         metadata = {KEY: json.dumps(fingerprint), TOKENS: str(tokens)}
-        lancedb.connect(name.parent).create_table(name.stem, schema=pa.schema(fields, metadata=metadata))
+        table = lancedb.connect(name.parent).create_table(name.stem, schema=pa.schema(fields, metadata=metadata))
+        table.create_index(FTS_COLUMN, config=FTS())
         return cls(path)
 
     def check(self, fingerprint: dict, ignore: Sequence[str] = ()) -> None:
@@ -137,13 +139,11 @@ class Index:
 
     def finish(self) -> None:
         """Joins small files, and brings the full-text index up to date and that of the vectors, which a large table gets."""
-        from lancedb.index import FTS, IvfFlat
+        from lancedb.index import IvfFlat
 
         self.table.optimize(cleanup_older_than=KEPT)
-        indexes = {column for index in self.table.list_indices() for column in index.columns}
-        if FTS_COLUMN not in indexes:
-            self.table.create_index(FTS_COLUMN, config=FTS())
-        if VECTOR_COLUMN not in indexes and self.count() >= APPROXIMATE_FROM:
+        indexed = {column for index in self.table.list_indices() for column in index.columns}
+        if VECTOR_COLUMN not in indexed and self.count() >= APPROXIMATE_FROM:
             self.table.create_index(VECTOR_COLUMN, config=IvfFlat(distance_type="cosine", sample_rate=64))
 
 
@@ -166,8 +166,11 @@ class Update:
 
     def is_new(self, path: str) -> bool:
         """Whether a file has another size or time of change than the one in the index, or is there in part."""
-        there, versions = os.stat(path), [*self.known.get(path, {}).values()]
-        known = [(row["last"], row["size"], row["mtime_ns"]) for row in versions]
+        try:
+            there = os.stat(path)
+        except OSError:  # which `add` tells
+            return True
+        known = [(row["last"], row["size"], row["mtime_ns"]) for row in self.known.get(path, {}).values()]
         return known != [(True, there.st_size, there.st_mtime_ns)]
 
     def add(self, path: str) -> int:
