@@ -239,13 +239,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows_per_file", type=int, default=128, help="of all jobs (default: 128)")
     parser.add_argument("--repeats", type=int, default=2, help="turns of two actors and one (default: 2)")
     parser.add_argument("--compared", type=int, default=2000, help="vectors to compare with encode (default: 2000)")
+    parser.add_argument("--folder", type=Path, help="new folder for texts and vectors (default: one that is removed)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "corpus.json")
     args = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="corpus-"))
     try:
         results = measure(args, folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not args.folder:
+            shutil.rmtree(folder, ignore_errors=True)
     write_json(args.output, results)
     print(json.dumps(results, indent=2))
 

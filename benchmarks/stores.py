@@ -1,12 +1,13 @@
 """What search loses when vectors are stored smaller or indexed: recall of the exact ten nearest documents, per store.
 
-    python -m benchmarks.stores --data_dir ../shared/data/eval --fill ../shared/data/corpus \
-        --output benchmarks/results/stores.json
+    python -m benchmarks.corpus --data_dir ../shared/data/corpus --folder work
+    python -m benchmarks.stores --vectors work/out
+    python -m benchmarks.stores --data_dir ../shared/data/eval --fill ../shared/data/corpus
 
-The documents of a retrieval pack, filled up with sentences of a text corpus to --documents, and its queries are embedded
-once, written as `serving.corpus` writes them, loaded by `serving.loaders` at each size and precision, and searched with
-each store's own defaults. recall@10 is the share of the ten documents that an exact search of whole float32 vectors finds;
-nDCG@10, times 100, is by the pack's own answers. Bytes are those on disk, without texts. int8 of LanceDB is float16 with an
+Documents are the first rows of what `serving.corpus` has written, queries the rows behind them; or documents and queries
+are those of a retrieval pack, filled up with sentences of a text corpus. They are loaded by `serving.loaders` at each size
+and precision, and searched with each store's own defaults. recall@10 is the share of the ten documents that an exact search
+of whole float32 vectors finds; nDCG@10, times 100, is by the pack's own answers. Bytes are those on disk, without texts. int8 of LanceDB is float16 with an
 index of int8; `parquet` is an exact search of what `serving.corpus` itself writes.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.corpus import read_sentences
+from benchmarks.corpus import read_sentences, read_vectors
 from saving_utils import write_json
 
 
@@ -98,8 +99,15 @@ def search(folder: Path, source: Path, case: tuple[str, str, str], queries: np.n
     return found, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def embed(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[set[int]], dict]:
-    """Vectors of documents and queries, which documents answer each, and the fingerprint."""
+def vectors_of(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[set[int]] | None, dict]:
+    """Vectors of documents and queries, where it is known which documents answer each, and the fingerprint."""
+    if args.vectors:
+        from serving.corpus import Output
+
+        ids, vectors = read_vectors(args.vectors)
+        vectors = vectors[np.argsort(ids)]
+        queries = vectors[args.documents : args.documents + args.queries]
+        return vectors[: args.documents], queries, None, Output(str(args.vectors)).read()["fingerprint"]
     from serving.loading import load_model
     from training.dev import load_pack
 
@@ -111,7 +119,9 @@ def embed(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[set[in
     return documents, queries, pack.relevant, model.fingerprint()
 
 
-def measure(documents: np.ndarray, queries: np.ndarray, relevant: list[set[int]], fingerprint: dict, dims: list[int]):
+def measure(
+    documents: np.ndarray, queries: np.ndarray, relevant: list[set[int]] | None, fingerprint: dict, dims: list[int]
+):
     """A row for each case and size."""
     from training.dev import ndcg_at_10
 
@@ -128,7 +138,7 @@ def measure(documents: np.ndarray, queries: np.ndarray, relevant: list[set[int]]
                 recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), exact.tolist())])
                 row = dict(zip(("store", "precision", "index"), case)) | {"dim": dim}
                 row |= {"bytes": size / len(documents), "recall": float(recall)}
-                rows.append(row | {"ndcg": 100 * ndcg_at_10(found.tolist(), relevant)})
+                rows.append(row | ({"ndcg": 100 * ndcg_at_10(found.tolist(), relevant)} if relevant else {}))
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -136,29 +146,39 @@ def measure(documents: np.ndarray, queries: np.ndarray, relevant: list[set[int]]
 def table(results: dict) -> str:
     """The rows in Markdown, a size per pair of columns."""
     dims = results["dims"]
-    head = ["store", "precision", "index", *(f"{what}, {dim}" for dim in dims for what in ("bytes", "recall", "nDCG"))]
-    lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|--:" * (3 * len(dims)) + "|"]
+    shown = {"bytes": ",.0f", "recall": ".3f"} | ({"ndcg": ".2f"} if results["pack"] else {})
+    head = ["store", "precision", "index", *(f"{name}, {dim}" for dim in dims for name in shown)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|--:" * (len(head) - 3) + "|"]
     for store, precision, index in CASES:
         cells = [store, precision, index]
         for row in results["rows"]:
             if (row["store"], row["precision"], row["index"]) == (store, precision, index):
-                cells += [f"{row['bytes']:,.0f}", f"{row['recall']:.3f}", f"{row['ndcg']:.2f}"]
+                cells += [format(row[name], form) for name, form in shown.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stores", description=__doc__.split("\n")[0])
+    parser.add_argument("--vectors", type=Path, help="an --output of serving.corpus, instead of a pack")
+    parser.add_argument("--queries", type=int, default=500, help="rows of --vectors (default: 500)")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of packs in mteb's layout")
+    parser.add_argument("--data_dir", type=Path, help="folder of packs in mteb's layout")
     parser.add_argument("--pack", default="X-CosQACodeRetrieval", help="a retrieval pack")
-    parser.add_argument("--fill", type=Path, required=True, help="folder of .txt.zst files")
+    parser.add_argument("--fill", type=Path, help="folder of .txt.zst files")
     parser.add_argument("--documents", type=int, default=10000, help="the pack's and those filled in (default: 10000)")
     parser.add_argument("--dims", type=int, nargs="+", default=[768, 256], help="numbers to keep (default: 768 256)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "stores.json")
     args = parser.parse_args(argv)
-    documents, queries, relevant, fingerprint = embed(args)
-    results = {"pack": args.pack, "documents": len(documents), "queries": len(queries), "dims": args.dims}
+    if not args.vectors and not (args.data_dir and args.fill):
+        parser.error("give --vectors, or --data_dir and --fill")
+    documents, queries, relevant, fingerprint = vectors_of(args)
+    results = {
+        "pack": None if args.vectors else args.pack,
+        "documents": len(documents),
+        "queries": len(queries),
+        "dims": args.dims,
+    }
     results |= {
         "weights": fingerprint["weights"],
         "rows": measure(documents, queries, relevant, fingerprint, args.dims),

@@ -53,17 +53,21 @@ class Encoder:
         import numpy as np
         import pyarrow as pa
 
+        from prefix_cache import weights_read_once
+
         texts, errors = rows["text"].to_pylist(), rows["error"].to_pylist()
         good = [place for place, error in enumerate(errors) if error is None]
         vectors = np.zeros((len(texts), self.options["dim"]), np.float32)
         n_tokens, truncated = np.zeros(len(texts), np.int32), np.zeros(len(texts), bool)
-        for places, found, lengths, cut in self.encode([texts[place] for place in good], self.options["batch_size"]):
-            places = [good[place] for place in places]
-            n_tokens[places], truncated[places] = lengths, cut
-            if found is None:
-                errors[places[0]] = f"out of memory: a text of {lengths[0]} tokens"
-            else:
-                vectors[places] = found
+        batches = self.encode([texts[place] for place in good], self.options["batch_size"])
+        with weights_read_once():  # nothing changes them here
+            for places, found, lengths, cut in batches:
+                places = [good[place] for place in places]
+                n_tokens[places], truncated[places] = lengths, cut
+                if found is None:
+                    errors[places[0]] = f"out of memory: a text of {lengths[0]} tokens"
+                else:
+                    vectors[places] = found
         stored = store(vectors, self.options["precision"])
         columns = {
             "id": rows["id"],
