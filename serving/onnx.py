@@ -84,7 +84,7 @@ def export(
         graph = trace(loaded, dim)
         kept = []
         if int8:
-            kept = quantize(graph, channel_maxima(loaded), float32)
+            kept = quantize(graph, channel_maxima(loaded), embeddings(loaded), float32)
         save_graph(graph, folder / "model.onnx")
         shutil.copyfile(Path(__file__).with_name("onnx_runtime.py"), folder / "onnx_runtime.py")
         weights = "int8" if int8 else "float32"
@@ -259,7 +259,14 @@ def channel_maxima(model) -> dict[str, np.ndarray]:
     return {name: largest.numpy() for name, largest in found.items()}
 
 
-def quantize(graph, maxima: dict[str, np.ndarray], float32: Sequence[str] = ()) -> list[str]:
+def embeddings(model) -> list[str]:
+    """The names of both towers' word embeddings."""
+    towers = [tower for tower in (model.encoder, model.decoder) if tower is not None]
+    words = [tower.get_input_embeddings() for tower in towers]
+    return [name for name, module in model.named_modules() if any(module is word for word in words)]
+
+
+def quantize(graph, maxima: dict[str, np.ndarray], embeddings: Sequence[str], float32: Sequence[str] = ()) -> list[str]:
     """
     Makes a graph's linear layers and word embeddings int8, in place:
 
@@ -333,11 +340,7 @@ def quantize(graph, maxima: dict[str, np.ndarray], float32: Sequence[str] = ()) 
             inputs = [f"{x}_uint8", integers, "step", scale, "zero"]
             product = add("MatMulIntegerToFloat", inputs, f"{output}_unit", domain="com.microsoft")
             add("Mul", [product, f"{x}_max"], output)
-        elif (
-            node.op_type == "Gather"
-            and module.endswith(("word_embeddings", "embed_tokens"))
-            and node.input[0] in weights
-        ):
+        elif node.op_type == "Gather" and module in embeddings and node.input[0] in weights:
             parts = as_int8(node.input[0], axis=1)
             rows = [add("Gather", [part, node.input[1]], f"{output}{i}", axis=0) for i, part in enumerate(parts)]
             add("Mul", [add("Cast", rows[:1], f"{output}_float", to=1), rows[1]], output)
@@ -366,7 +369,7 @@ def save_graph(graph, file: Path) -> None:
     """Writes a graph, with weights in a file of their own where one protobuf could not hold them."""
     import onnx
 
-    large = graph.ByteSize() > LIMIT
+    large = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > LIMIT
     onnx.save(graph, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
 
 
