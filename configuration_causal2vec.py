@@ -93,7 +93,8 @@ class Causal2VecConfig(PreTrainedConfig):
             Id in the decoder's vocabulary that is reserved for the Contextual token's place. Its own embedding is never
             used and text is never encoded to it.
         hidden_size (`int`, *optional*):
-            The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many.
+            The decoder's hidden size; filled in. An embedding has `embedding_size` numbers, by default twice as many;
+            config.json says how many, for engines that do not run this code.
         template_prefix (`str`, defaults to `""`):
             Template text before the instruction. Control tokens in it are encoded as such.
         template_suffix (`str`, defaults to `""`):
@@ -177,6 +178,7 @@ class Causal2VecConfig(PreTrainedConfig):
                     f"`_attn_implementation_internal` is not accepted from a configuration{part and f' ({part})'}; pass "
                     "`attn_implementation=` to `from_pretrained` instead."
                 )
+        saved_size = kwargs.pop("embedding_size", None)  # there for engines that do not run this code
         if self.has_encoder:
             self.encoder_config = _sub_config("encoder_config", self.encoder_config, default="bert")
         elif self.encoder_config is not None:
@@ -223,6 +225,10 @@ class Causal2VecConfig(PreTrainedConfig):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
         _check_combinations(self)
+        if saved_size not in (None, self.embedding_size):
+            raise ValueError(
+                f"`embedding_size` must be {self.embedding_size}, as the other fields say, got {saved_size!r}. Leave it out."
+            )
         for name, backbone in (
             ("max_seq_length", decoder),
             ("icl_max_seq_length", decoder),
@@ -260,8 +266,8 @@ class Causal2VecConfig(PreTrainedConfig):
         return sum(self.embedding_sizes)
 
     def to_dict(self) -> dict:
-        """As in transformers, without the paths of the folders that the backbones came from."""
-        values = super().to_dict()
+        """As in transformers, with `embedding_size` and without the paths of the folders that the backbones came from."""
+        values = {**super().to_dict(), "embedding_size": self.embedding_size}
         for part in (values, values["encoder_config"], values["decoder_config"]):
             if part is not None and not is_hub_id(part.get("_name_or_path")):
                 part.pop("_name_or_path", None)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 try:
     from .loading_utils import position_limit
+    from .prefix_cache import weights_read_once
     from .runtime_utils import device_of
     from .saving_utils import code_identity
     from .tokenization_utils import (
@@ -34,6 +35,7 @@ except ImportError:
         raise
     # Imported from a clone, where these files are top-level modules.
     from loading_utils import position_limit
+    from prefix_cache import weights_read_once
     from runtime_utils import device_of
     from saving_utils import code_identity
     from tokenization_utils import (
@@ -50,12 +52,15 @@ logger = logging.get_logger(__name__)
 
 WINDOW = 32  # batches whose texts are tokenized, and sorted by tokens, at a time
 
-# Of a configuration, what has no part in a vector or is in a fingerprint by itself.
+# Of a configuration, what has no part in a vector, follows from the rest, or is in a fingerprint by itself.
 _NOT_OF_VECTORS = {
     "_name_or_path",
     "architectures",
     "auto_map",
+    "decoder_config",
     "dtype",
+    "embedding_size",
+    "encoder_config",
     "icl_max_seq_length",
     "max_seq_length",
     "query_instruction",
@@ -218,7 +223,7 @@ class EncodeMixin:
             delay=0 if show_progress_bar else 5,
             disable=None if show_progress_bar is None else not show_progress_bar,
         )
-        with progress, self._eval_mode(self):
+        with progress, self._eval_mode(self), weights_read_once():
             for rows, batch, cut in batches:
                 with torch.inference_mode():
                     # A prefix is looked up on the CPU.
@@ -293,9 +298,10 @@ class EncodeMixin:
         state = scan.weights_state(), processor, processor.encoder_max_seq_length
         if scan.hashes is None or scan.hashes[0] != state:
             tokenizers = [t for t in (processor.tokenizer, processor.encoder_tokenizer) if t is not None]
+            configs = self.config, self.config.encoder_config, self.config.decoder_config
             found = {
                 "weights": _weights_sha256(self, scan.adapters_state()),
-                "config": _sha256([_of_vectors(self.config.to_diff_dict()), processor.encoder_max_seq_length]),
+                "config": _sha256([*map(_of_vectors, configs), processor.encoder_max_seq_length]),
                 "tokenizers": _sha256(list(map(_tokenizer_content, tokenizers))),
                 "code": _code_identity(),
             }
@@ -336,12 +342,13 @@ def _weights_sha256(model, adapters: tuple) -> str:
     return digest.hexdigest()
 
 
-def _of_vectors(config: dict) -> dict:
-    return {
-        key: _of_vectors(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _NOT_OF_VECTORS
-    }
+def _of_vectors(config) -> dict | None:
+    """What a configuration says that its class does not, so that a newer transformers, which says more, says the same."""
+    if config is None:
+        return None
+    defaults = type(config)().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if value != defaults.get(key)}
+    return {"model_type": config.model_type, **{key: own[key] for key in own if key not in _NOT_OF_VECTORS}}
 
 
 def _tokenizer_content(tokenizer) -> dict:

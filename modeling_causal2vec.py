@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:  # never imported; named so that the Hub's loader and `save_pretrained` copy the files
+    from .handler import EndpointHandler  # noqa: F401
     from .saving_utils import SHIPPED_CODE  # noqa: F401
     from .sentence_causal2vec import Causal2VecSTModule  # noqa: F401
 try:
@@ -40,7 +41,7 @@ try:
     )
     from .encoding_utils import EncodeMixin
     from .loading_utils import PretrainedMixin, position_limit
-    from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
+    from .prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional, no_prefix
     from .runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from .tokenization_utils import Causal2VecProcessor
 except ImportError:
@@ -59,7 +60,7 @@ except ImportError:
     )
     from encoding_utils import EncodeMixin
     from loading_utils import PretrainedMixin, position_limit
-    from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional
+    from prefix_cache import PrefixCache, expand_prefix, find_prefix, is_causal, make_bidirectional, no_prefix
     from runtime_utils import EvalMode, ForkSafeLock, device_of, warn_of_slow_dtype
     from tokenization_utils import Causal2VecProcessor
 
@@ -325,12 +326,6 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             packed = on_cpu and not torch.is_grad_enabled() and not moves_states
         packed = packed and right_padded
 
-        contextual_token = encoder_embedding
-        if self.encoder is not None and encoder_embedding is None:
-            contextual_token = self.get_encoder_embedding(encoder_ids, encoder_attention_mask, packed)
-        if self.projector is not None:  # (batch, hidden_size), of several tokens (batch, tokens, hidden_size)
-            contextual_token = self.projector(contextual_token.to(device_of(self.projector)))
-
         batch_size = len(input_ids)
         if attention_mask is None:
             past_len = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -343,6 +338,12 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
                 input_ids = torch.cat([before, input_ids], dim=-1)  # (batch, seq_len)
                 attention_mask = torch.cat([torch.ones_like(before), attention_mask], dim=-1)
         is_slot = self.find_slots(input_ids, check=prefix_ids is None or on_cpu)  # (batch, seq_len)
+
+        contextual_token = encoder_embedding
+        if self.encoder is not None and encoder_embedding is None:
+            contextual_token = self.get_encoder_embedding(encoder_ids, encoder_attention_mask, packed)
+        if self.projector is not None:  # (batch, hidden_size), of several tokens (batch, tokens, hidden_size)
+            contextual_token = self.projector(contextual_token.to(device_of(self.projector)))
 
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (batch, seq_len, hidden_size)
         if self.projector is not None:
@@ -384,7 +385,10 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             # A causal decoder never sees padding on the right. Positions continue over it, or rows would look packed.
             start = 0 if prefix is None else prefix.length
             position_ids = torch.arange(start, start + seq_len, device=device).expand(batch_size, -1)
-            past_key_values = None if prefix is None else expand_prefix(prefix, batch_size)
+            if prefix is not None:
+                past_key_values = expand_prefix(prefix, batch_size)
+            elif device.type != "cpu":
+                past_key_values = no_prefix(self)
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]  # (batch, seq_len)
         outputs = self.decoder(

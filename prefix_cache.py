@@ -8,7 +8,9 @@ path's; no entry outlives a change of the decoder's weights, adapters, dtype, de
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,9 @@ except ImportError:
 
 
 logger = logging.get_logger(__name__)
+
+PLAIN = (torch.Tensor, nn.Parameter)  # others are quantised or sharded
+_SAMPLES: ContextVar[dict | None] = ContextVar("samples", default=None)
 
 
 @dataclass(frozen=True)
@@ -159,11 +164,26 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sliding_window: int, length: int):
         super().__init__(sliding_window)
-        self.lazy_initialization(keys, values)
+        DynamicLayer.lazy_initialization(
+            self, keys, values
+        )  # the sliding layer's own version copies a scalar to the device
         self.keys, self.values, self.cumulative_length = keys, values, length
 
     def update(self, key_states, value_states, *args, **kwargs):
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class _NoLayer(DynamicLayer):
+    """Passes the text's own keys and values through and stores nothing."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return key_states, value_states
+
+
+class _NoSlidingLayer(DynamicSlidingWindowLayer):
+    """The same for sliding-window attention."""
+
+    update = _NoLayer.update
 
 
 def expand_prefix(prefix: SharedPrefix, batch_size: int) -> Cache:
@@ -177,6 +197,24 @@ def expand_prefix(prefix: SharedPrefix, batch_size: int) -> Cache:
             _FullLayer(keys, values) if window is None else _SlidingLayer(keys, values, window, prefix.length)
         )
     return Cache(layers=layers)
+
+
+def no_prefix(model: PreTrainedModel) -> Cache | None:
+    """
+    An empty cache for rows without a prefix: without any cache, transformers checks the position ids for packed rows, which
+    waits for the accelerator. `None` if the decoder takes no cache.
+    """
+    layers = DynamicCache(config=model.decoder.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    if not layers or model.training or model.prefix_cache.scan(model).why_not_shareable() is not None:
+        return None
+    return Cache(
+        layers=[
+            _NoSlidingLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else _NoLayer()
+            for layer in layers
+        ]
+    )
 
 
 def compute_prefix(decoder: PreTrainedModel, prefix_ids: Sequence[int]) -> SharedPrefix | None:
@@ -266,7 +304,7 @@ class ModuleScan:
         device = next(tensor for group in self.tensors for tensor in group.values() if tensor is not None).device.type
         attention = self.decoder.config._attn_implementation
         return (
-            *_weights_state(self.tensors, self.adapted),
+            *_weights_state(self.tensors, self.adapted, _SAMPLES.get()),
             attention if attention != PACKED_ATTENTION else "sdpa",  # the same to a prefix; threads switch between them
             self.is_causal(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
@@ -310,13 +348,16 @@ def _adapted_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if hasattr(module, "merged_adapters")]
 
 
-def _weights_state(groups: Sequence[dict], adapted: Sequence[nn.Module]) -> tuple:
+def _weights_state(groups: Sequence[dict], adapted: Sequence[nn.Module], samples: dict | None = None) -> tuple:
     """
     The tensors' addresses and version counters, a sample of their values (writing through `.data` leaves no other
-    trace), and the adapters' state.
+    trace), and the adapters' state. A sample that `samples` holds is not read again.
     """
     tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
-    return tuple(map(_identity, tensors)), _sample(tensors), tuple(map(_adapter_state, adapted))
+    samples = {} if samples is None else samples
+    if id(groups) not in samples:
+        samples[id(groups)] = _sample(tensors)
+    return tuple(map(_identity, tensors)), samples[id(groups)], tuple(map(_adapter_state, adapted))
 
 
 def _adapter_state(module: nn.Module) -> tuple:
@@ -329,21 +370,32 @@ def _adapter_state(module: nn.Module) -> tuple:
 
 
 def _identity(tensor: torch.Tensor) -> tuple:
-    if type(tensor) not in (torch.Tensor, nn.Parameter):
-        return id(tensor), tensor.dtype, tensor.device  # quantised or sharded: there may be no pointer to ask for
+    if type(tensor) not in PLAIN:
+        return id(tensor), tensor.dtype, tensor.device  # there may be no pointer to ask for
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_read: int = 4) -> tuple:
     """A few evenly spaced values of some tensors, in one read per device."""
-    plain = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.numel() and not t.is_meta]
-    parts: dict[tuple, list[torch.Tensor]] = {}
+    plain = [t for t in tensors if type(t) in PLAIN and t.numel() and not t.is_meta]
+    parts: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in plain[:: max(1, len(plain) // tensors_read)]:
         flat = tensor.detach().flatten()
         few = flat[:: max(1, len(flat) // numbers_read)][:numbers_read]
-        parts.setdefault((few.device, few.dtype), []).append(few)
-    return tuple(number for part in parts.values() for number in torch.cat(part).float().tolist())
+        parts.setdefault(few.device, []).append(few.float())
+    return tuple(number for part in parts.values() for number in torch.cat(part).tolist())
+
+
+@contextmanager
+def weights_read_once() -> Iterator[None]:
+    """Samples the weights' values for the first batch only, since reading them waits for the accelerator. Every batch still
+    checks addresses, version counters and adapters."""
+    token = _SAMPLES.set({})
+    try:
+        yield
+    finally:
+        _SAMPLES.reset(token)
 
 
 @torch.compiler.disable

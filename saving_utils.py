@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Every Python file that a saved folder carries: the modeling file and what it imports, and sentence-transformers' module.
+# Every Python file that a saved folder carries: the modeling file and what it imports, sentence-transformers' module, and
+# what the Hub's Inference Endpoints run.
 SHIPPED_CODE = (
     "configuration_causal2vec.py",
     "decoder_utils.py",
     "encoding_utils.py",
+    "handler.py",
     "loading_utils.py",
     "modeling_causal2vec.py",
     "prefix_cache.py",
@@ -31,11 +33,10 @@ SHIPPED_CODE = (
 )
 
 # Those of them that a vector comes from: the others find, load, keep and show files.
-VECTOR_CODE = tuple(
-    name
-    for name in SHIPPED_CODE
-    if name not in ("loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
-)
+_OTHER_CODE = ("handler.py", "loading_utils.py", "runtime_utils.py", "saving_utils.py", "sentence_causal2vec.py")
+VECTOR_CODE = tuple(name for name in SHIPPED_CODE if name not in _OTHER_CODE)
+
+EVAL_RESULTS = ".eval_results"  # the folder where the Hub looks for scores
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What new weights replace, as the Hub's patterns.
@@ -77,15 +78,16 @@ stops with an error.
 ```python
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained("path or id", trust_remote_code=True)
+model = AutoModel.from_pretrained("path or id", revision="<40-digit commit>", trust_remote_code=True)
 queries = model.encode(["how much protein should a female eat"], instruction={instruction!r})
 passages = model.encode(["As a general guideline, women need 46 grams of protein per day."])
 print(queries @ passages.T)
 ```
 
 Queries carry an instruction, passages none. `encode_query` uses {query_instruction}; `instructions.json` has those of
-MTEB's tasks. With sentence-transformers, `SentenceTransformer("path or id", trust_remote_code=True)` gives the same
-vectors; a `prompt` is an instruction.
+MTEB's tasks. With sentence-transformers,
+`SentenceTransformer("path or id", revision="<40-digit commit>", trust_remote_code=True)` gives the same vectors; a `prompt`
+is an instruction. The revision counts for an id alone, and is the commit whose code you have read.
 """
 _CODE = """Loading runs the Python files of this repository, and `trust_remote_code=True` agrees to that. Read them, then pin the
 commit that you have read: `from_pretrained(id, revision="<40-digit commit>", trust_remote_code=True)`.

@@ -347,17 +347,17 @@ def comparison_markdown(runs: Sequence[Run], rows: Mapping[str, list[dict]]) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_table(text: str, table: str, markers: tuple[str, str] = (TABLE_START, TABLE_END)) -> str:
     """
     Replaces the part of `text` between two marker lines by `table`.
 
     Raises:
         ValueError: a marker is missing.
     """
-    before, start, rest = text.partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
+    before, start, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not (start and end):
-        raise ValueError(f"Expected the lines {TABLE_START} and {TABLE_END} around the table's place.")
+        raise ValueError(f"Expected the lines {markers[0]} and {markers[1]} around the table's place.")
     return f"{before}{start}\n{table.strip()}\n{end}{after}"
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
-from saving_utils import REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights, read_json
+from saving_utils import EVAL_RESULTS, REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights, read_json
 from scripts.exits import TOLD, exit_code
 
 
@@ -72,9 +72,14 @@ def files_to_push(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in files
-        if not any(part.startswith(".") or part == "__pycache__" or part.endswith(".egg-info") for part in file.parts)
+        if not any(is_hidden(part) or part == "__pycache__" or part.endswith(".egg-info") for part in file.parts)
         and not any(file.is_relative_to(made) for made in ("runs", "bases"))
     )
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a file or folder of this name stays where it is: `.eval_results` is the Hub's."""
+    return part.startswith(".") and part != EVAL_RESULTS
 
 
 def problems(folder: Path, files: list[Path], max_bytes: float) -> Iterator[str]:

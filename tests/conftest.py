@@ -1,6 +1,7 @@
 """Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
 
 import copy
+import functools
 import json
 import os
 import socket
@@ -15,10 +16,12 @@ os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
 ROOT = Path(__file__).resolve().parent.parent
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE, WordPiece
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
@@ -33,6 +36,29 @@ TEXTS = [
     "Definition of summit for English language learners: the highest point of a mountain.",
 ]
 
+FP32_BOUND = 1e-5  # of any number of an unnormalised embedding, whose numbers are about 1
+SAME = 1e-6  # the same computation; where weights lie in memory may still change a last bit
+
+
+def embed(model, batch, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs).embeddings
+
+
+def plain(model, texts, instructions=None, examples=None) -> np.ndarray:
+    """The vectors of texts, every text by itself and in one piece."""
+    model.eval()
+    rows = []
+    for i, text in enumerate(texts):
+        instruction = instructions[i] if isinstance(instructions, list) else instructions
+        rows.append(embed(model, model.processor(text, instruction, examples))[0].float())
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+def difference(left, right) -> float:
+    return (torch.as_tensor(left) - torch.as_tensor(right)).abs().max().item()
+
+
 DECODERS = {
     "llama": dict(model_type="llama"),
     "mistral": dict(model_type="mistral", sliding_window=8),
@@ -45,6 +71,7 @@ DECODERS = {
     "olmo2": dict(model_type="olmo2"),
 }
 ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "modernbert", "xlm-roberta")
+PAIRS = [(decoder, "bert") for decoder in DECODERS] + [("llama", encoder) for encoder in ENCODERS if encoder != "bert"]
 
 
 def decoder_config(family: str, vocab_size: int):
@@ -79,7 +106,7 @@ def encoder_config(family: str, vocab_size: int):
 
 def decoder_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     """Byte-level BPE; adds BOS like Llama's."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
@@ -105,9 +132,7 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     characters = sorted(set("".join(TEXTS).lower() + "[]<>/|_0123456789") - {" "})
     words = ["how", "much", "protein", "should", "a", "female", "eat", "the", "quick", "brown", "fox", "##ing", "##s"]
     vocabulary = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{c}" for c in characters), *characters]
-    tokenizer = Tokenizer(
-        models.WordPiece({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(WordPiece({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -224,6 +249,12 @@ def make_model(backbone_dir):
 
 
 @pytest.fixture(scope="session")
+def models(make_model):
+    """Returns a function from a pair of families to their model, which no test changes."""
+    return functools.cache(make_model)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(make_model):
     return make_model(query_instruction="Given a question, retrieve passages that answer it")
 
@@ -242,6 +273,13 @@ def saved_dir(tiny_model, tmp_path_factory) -> Path:
     """The tiny model as a folder: weights, both tokenizers, code."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     tiny_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bf16_dir(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16") / "model"
+    make_model(dtype="bfloat16").save_pretrained(folder)
     return folder
 
 
@@ -277,6 +315,31 @@ def run_facts() -> dict:
         "steps": 3,
         "final_loss": 1.5,
     }
+
+
+SHARD = "60KB"  # of the tiny model, several
+REFUSED = (ValueError, OSError)
+
+
+def same(model, other) -> bool:
+    return difference(model.encode(TEXTS), other.encode(TEXTS)) <= SAME
+
+
+def weights_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*model*.s*")} | {path.name for path in folder.glob("adapter*")}
+
+
+def change_weights(folder: Path, change) -> None:
+    """Lets a function change the dict of a folder's tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, part: str | None = None, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

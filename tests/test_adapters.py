@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
-from test_loading import REFUSED, SHARD, same, weights_in
+from conftest import REFUSED, SHARD, TEXTS, same, weights_in
 from transformers import AutoModel
 
 import saving_utils

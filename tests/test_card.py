@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers.pipelines import get_supported_tasks
 
 from configuration_causal2vec import Causal2VecConfig
+from saving_utils import EVAL_RESULTS
+from scripts.push_to_hub import files_to_push
 from training import card
 
 
@@ -83,6 +88,33 @@ def test_scores_are_where_the_hub_looks(folder):
     assert f"| MTEB STSBenchmark | STS | cosine_spearman | {sts.metric_value:.2f} |" in found.text
     assert f"{sts.metric_value:.4f}"[:5] in json.dumps(summary)
     assert "## Results" not in made(folder).text
+
+
+def test_the_hubs_leaderboard_gets_what_was_scored_on_the_hubs_data(folder, tmp_path_factory, capsys):
+    """By mteb's converter; scores on local copies stay in the card."""
+    mteb = pytest.importorskip("mteb")
+    results = shutil.copytree(ROOT / "results" / "all-MiniLM-L6-v2", tmp_path_factory.mktemp("scores") / "results")
+    stale = folder / EVAL_RESULTS / "STS12.yaml"
+    stale.parent.mkdir(exist_ok=True)
+    stale.write_text("[]")
+    data = made(folder, "--results", results).data
+    assert not list(stale.parent.iterdir()) and "Scores of 0 tasks" in capsys.readouterr().out
+    assert "mteb" in data.tags and "sentence-transformers" in data.tags and "mteb" not in made(folder).data.tags
+
+    (file,) = results.rglob("STS16.json")
+    dataset = mteb.get_task("STS16").metadata.dataset
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dataset_revision": dataset["revision"]}))
+    made(folder, "--results", results)
+    assert [path.name for path in stale.parent.iterdir()] == ["STS16.yaml"]
+    entries = parse_eval_result_entries(yaml.safe_load((stale.parent / "STS16.yaml").read_text()))
+    (overall,) = [entry for entry in entries if entry.task_id == "STS16"]
+    assert (overall.dataset_id, overall.dataset_revision) == (dataset["path"], dataset["revision"])
+    score = {result.dataset_name: result for result in made(folder, "--results", results).data.eval_results}[
+        "MTEB STS16"
+    ]
+    assert overall.value == pytest.approx(score.metric_value, abs=1e-4) and "MTEB v" in overall.notes
+
+    assert {Path(EVAL_RESULTS, "STS16.yaml")} == {path for path in files_to_push(folder) if path.suffix == ".yaml"}
 
 
 def test_the_snippet_runs(folder, saved_dir, capsys):

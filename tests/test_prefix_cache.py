@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, TEXTS
+from conftest import DECODERS, TEXTS, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrize, prune
@@ -30,17 +30,6 @@ INSTRUCTIONS = [INSTRUCTION, "Is the dog lazy?", None, "x"]
 @pytest.fixture
 def model(make_model):
     return make_model()
-
-
-def plain(model, texts, instructions=None, examples=None) -> np.ndarray:
-    """Every text by itself, in one piece."""
-    model.eval()
-    rows = []
-    for i, text in enumerate(texts):
-        instruction = instructions[i] if isinstance(instructions, list) else instructions
-        with torch.inference_mode():
-            rows.append(model(**model.processor(text, instruction, examples)).embeddings[0].float())
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 
 @contextmanager

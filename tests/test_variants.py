@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TEXTS
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from test_configuration import make_config
+from test_configuration_causal2vec import make_config
 from transformers import AutoModel, AutoProcessor
 
 from configuration_causal2vec import Causal2VecConfig

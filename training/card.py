@@ -12,7 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configuration_causal2vec import Causal2VecConfig
-from saving_utils import LIBRARY, PIPELINE_TAG, TAGS, card_sections, is_hub_id, read_json, refresh_hashes
+from saving_utils import (
+    EVAL_RESULTS,
+    LIBRARY,
+    PIPELINE_TAG,
+    TAGS,
+    card_sections,
+    is_hub_id,
+    read_json,
+    refresh_hashes,
+    write_text,
+)
 from training.data import SUFFIXES
 
 
@@ -75,7 +85,7 @@ def write_card(
         language="en" if scores else None,
         library_name=LIBRARY,
         pipeline_tag=PIPELINE_TAG,
-        tags=list(TAGS),
+        tags=[*TAGS, *(["mteb"] if any(score.dataset_type.startswith("mteb/") for score in scores) else [])],
         base_model=[*base_models] or [i for i in map(arguments.get, (*towers, "model")) if is_hub_id(i)] or None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
         model_name=name,
@@ -122,6 +132,38 @@ def eval_results(folder: str | Path) -> list:
         )
         for task, score in {**run.scores, **run.other}.items()
     ]
+
+
+def write_eval_results(folder: str | Path, results: str | Path) -> tuple[list[str], list[str]]:
+    """
+    Writes `.eval_results/TASK.yaml` by mteb's own converter: a task's scores as entries of its data set on the Hub, for the
+    leaderboard there. Those that were in the folder go.
+
+    Returns:
+        The tasks that were written, and those that were not: their data was a local copy, not the Hub's at the revision that
+        mteb names, or they are not mteb's.
+
+    Raises:
+        ImportError: mteb is not installed.
+    """
+    try:
+        import mteb
+        from mteb.results import TaskResult
+    except ImportError as error:
+        raise ImportError("Scores for the Hub are written by mteb: pip install mteb") from error
+
+    from evaluation.report import read_run
+
+    run, target = read_run(results), Path(folder, EVAL_RESULTS)
+    for file in target.glob("*.yaml"):
+        file.unlink()
+    written = []
+    for task in run.scores:
+        result = TaskResult.from_disk(Path(results, run.records[task]["result"]))
+        if result.dataset_revision == mteb.get_task(task).metadata.dataset["revision"]:
+            write_text(target / f"{task}.yaml", result._to_hf_benchmark_result().to_yaml())
+            written.append(task)
+    return written, [task for task in run.records if task not in written]
 
 
 def results_table(scores: list) -> str:
@@ -187,6 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     trained = SimpleNamespace(config=Causal2VecConfig.from_pretrained(args.folder))
     name = args.name or args.folder.resolve().name
     write_card(args.folder, facts, trained, name, args.license, tuple(args.base_model), args.results)
+    if args.results is not None:
+        written, local = write_eval_results(args.folder, args.results)
+        print(
+            f"Scores of {len(written)} tasks are in {EVAL_RESULTS}, {len(local)} on data that is not the Hub's are not."
+        )
 
 
 if __name__ == "__main__":

@@ -9,102 +9,23 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decoder_utils
-import encoding_utils
 from decoder_utils import Packing, groups_of_like_length, packed_states
-from encoding_utils import cut, sorted_batches
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2"]  # Gemma 2 has no SDPA
 
 
 @pytest.fixture
 def model(make_model):
     return make_model()
-
-
-def plain(model, texts, instruction=None) -> np.ndarray:
-    with torch.inference_mode():
-        rows = [model(**model.processor(text, instruction)).embeddings[0] for text in texts]
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
-
-
-class TestBatches:
-    @settings(max_examples=60, deadline=None)
-    @given(
-        lengths=st.lists(st.integers(1, 50), max_size=40),
-        batch_size=st.integers(1, 9),
-        max_tokens=st.none() | st.integers(1, 200),
-    )
-    def test_cut(self, lengths, batch_size, max_tokens):
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        batches = list(cut(order, lengths, batch_size, max_tokens))
-        assert [place for batch in batches for place in batch] == order
-        for batch in batches:
-            assert 1 <= len(batch) <= batch_size
-            if max_tokens is not None and len(batch) > 1:
-                assert len(batch) * max(lengths[place] for place in batch) <= max_tokens
-
-    def test_a_lower_budget_makes_smaller_batches(self, model):
-        texts = TEXTS * 4
-
-        def sizes(max_tokens):
-            batches = sorted_batches(model.processor, texts, [None] * len(texts), batch_size=8, max_tokens=max_tokens)
-            return [(len(rows), batch["input_ids"].numel()) for rows, batch, _ in batches]
-
-        assert [rows for rows, _ in sizes(None)] == [8, 8, 8]
-        budget = 100
-        assert all(tokens <= budget or rows == 1 for rows, tokens in sizes(budget))
-        assert len(sizes(budget)) > 3
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_heads_count_only_where_they_are_read(self, model, side):
-        model.processor.tokenizer.padding_side = side
-        instructions, budget = [INSTRUCTION] * len(TEXTS), 300
-
-        def sizes(**kwargs):
-            batches = sorted_batches(model.processor, TEXTS, instructions, max_tokens=budget, **kwargs)
-            return [len(rows) for rows, _, _ in batches]
-
-        assert len(sizes(count_prefix=False)) < len(sizes(count_prefix=True))
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_longest_first_and_no_column_of_padding(self, model, side):
-        model.processor.tokenizer.padding_side = model.processor.encoder_tokenizer.padding_side = side
-        seen, lengths = [], []
-        for rows, batch, _ in sorted_batches(model.processor, TEXTS, [INSTRUCTION] * len(TEXTS), batch_size=2):
-            seen += rows
-            lengths.append(batch["input_ids"].shape[1])
-            for mask in ("attention_mask", "encoder_attention_mask"):
-                assert batch[mask].any(0).all()
-            assert batch["input_ids"].shape == batch["attention_mask"].shape
-        assert sorted(seen) == list(range(len(TEXTS)))
-        assert lengths == sorted(lengths, reverse=True)
-
-    def test_rows_of_a_task_stay_together(self, model):
-        instructions = [("one", "two")[i % 2] for i in range(8)]
-        texts = (TEXTS * 2)[:8]
-        batches = sorted_batches(model.processor, texts, instructions, batch_size=4)
-        assert [{instructions[row] for row in rows} for rows, _, _ in batches] == [{"one"}, {"two"}]
-
-    def test_windows(self, model, monkeypatch):
-        monkeypatch.setattr(encoding_utils, "WINDOW", 1)  # two texts are tokenized at a time
-        assert np.abs(model.encode(TEXTS, batch_size=2) - plain(model, TEXTS)).max() <= 1e-5
-
-    @pytest.mark.parametrize("budget", [1, 60, None])
-    def test_a_budget_changes_no_vector(self, model, budget):
-        encoded = model.encode(TEXTS, instruction=INSTRUCTION, max_batch_tokens=budget)
-        assert np.abs(encoded - plain(model, TEXTS, INSTRUCTION)).max() <= 1e-5
-
-    @pytest.mark.parametrize("budget", [0, -1, 1.5, "many"])
-    def test_a_budget_that_cannot_be(self, model, budget):
-        with pytest.raises(ValueError, match="max_batch_tokens"):
-            model.encode(TEXTS, max_batch_tokens=budget)
 
 
 class TestNoMask:

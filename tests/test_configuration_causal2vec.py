@@ -1,11 +1,15 @@
 """Causal2VecConfig: what it holds, what it refuses and that it survives the way through JSON unchanged."""
 
 import copy
+import importlib.util
 import json
+import re
+import sys
+import tomllib
 
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, decoder_config, encoder_config
+from conftest import DECODERS, ENCODERS, ROOT, decoder_config, encoder_config
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from configuration_causal2vec import PROMPT_TEMPLATES, Causal2VecConfig
@@ -104,6 +108,19 @@ class TestRoundTrip:
             again = Causal2VecConfig.from_dict(json.loads(text))
             assert again.to_json_string() == config.to_json_string()
             assert_same_types(again.to_dict(), config.to_dict())
+
+    @pytest.mark.parametrize(
+        "values, size", [({}, 64), ({"pooling": "eos"}, 32), ({"baseline": "embedding_concat"}, 56)]
+    )
+    def test_engines_read_the_size_of_an_embedding(self, tmp_path, values, size):
+        make_config(**values).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["embedding_size"] == size == Causal2VecConfig.from_pretrained(tmp_path).embedding_size
+        for wrong in (size + 1, str(size), 0):
+            with pytest.raises(ValueError, match=f"`embedding_size` must be {size}, as the other fields say, got"):
+                Causal2VecConfig.from_dict({**saved, "embedding_size": wrong})
+        del saved["embedding_size"]  # of a folder that was saved without
+        assert Causal2VecConfig.from_dict(saved).embedding_size == size
 
     def test_every_value_survives_a_folder(self, tmp_path):
         config = everything_set()
@@ -314,3 +331,41 @@ class TestInputsAreNotMutated:
         one, two = (Causal2VecConfig(encoder_config=encoder, decoder_config=decoder, **LENGTHS) for _ in range(2))
         one._attn_implementation = "eager"
         assert two.decoder_config._attn_implementation is None
+
+
+@pytest.mark.parametrize(
+    "package, version, oldest",
+    [
+        ("transformers", "5.16.2", "5.17"),
+        ("transformers", "6.0.0.dev0", None),
+        ("torch", "2.10.0+cpu", "2.11"),
+        ("torch", "1.13.1", "2.11"),
+        ("torch", "3.0.0a0+git1234", None),
+    ],
+)
+def test_only_older_packages_are_refused(monkeypatch, package, version, oldest):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    spec = importlib.util.spec_from_file_location("again", ROOT / "configuration_causal2vec.py")
+    module = importlib.util.module_from_spec(spec)
+    if oldest is None:
+        spec.loader.exec_module(module)
+        assert module.Causal2VecConfig.model_type == Causal2VecConfig.model_type
+        return
+    with pytest.raises(ImportError, match=rf"{package} {oldest}.*{re.escape(version)}"):
+        spec.loader.exec_module(module)
+
+
+def test_the_oldest_packages_are_the_same_everywhere(saved_dir):
+    """In the error, the requirements, the cards and what CI installs."""
+    code = (ROOT / "configuration_causal2vec.py").read_text()
+    told = {
+        "requirements": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"],
+        "CI": (ROOT / "Makefile").read_text(),
+        "README": (ROOT / "README.md").read_text(),
+        "card": (saved_dir / "README.md").read_text(),
+    }
+    for package, oldest in (("torch", "2.11"), ("transformers", "5.17")):
+        assert f"needs {package} {oldest} or newer" in code
+        assert any(line.startswith(f"{package}>={oldest}") for line in told["requirements"])
+        assert f"{package}=={oldest}.0" in told["CI"]
+        assert f'"{package}>={oldest}"' in told["README"] and f"`{package}` {oldest}" in told["card"]
