@@ -1,4 +1,4 @@
-# make demo    searches this README with the bundled checkpoint
+# make demo    searches this README and docs/ with the bundled checkpoint
 # make test    runs the whole suite
 # make bases   fills bases/ with pretrained encoders and decoders to train from; see scripts/bases.py
 # make lint    runs ruff
@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 QUERY ?= how is the model trained
-FILES ?= README.md
+FILES ?= README.md docs
 PYTEST_ARGS ?=
 BASES_ARGS ?=
 OLDEST ?= transformers==5.17.0 huggingface_hub==1.5.0 safetensors==0.8.0
@@ -26,7 +26,7 @@ INSTALL := $(BIN)/pip install --constraint $(VENV)/torch.txt --constraint $(CONS
 
 .PHONY: demo test test-oldest bases lint clean
 
-demo: $(VENV)/.core
+demo: $(VENV)/.search
 	$(BIN)/python -m scripts.embed search "$(QUERY)" $(FILES)
 
 test: $(VENV)/.test
@@ -57,6 +57,10 @@ $(VENV)/.core: $(VENV)/torch.txt pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable .
 	touch $@
 
+$(VENV)/.search: $(VENV)/.core
+	$(INSTALL) --editable ".[search]"
+	touch $@
+
 $(VENV)/.gguf: $(VENV)/.core
 	$(INSTALL) --editable ".[gguf]"
 	touch $@
@@ -65,10 +69,10 @@ $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) --editable ".[test]"
 	touch $@
 
-# Core dependencies alone. torch comes last, or pip would tell at each step what torch lacks.
+# Core dependencies and what `make demo` needs. torch comes last, or pip would tell at each step what torch lacks.
 $(VENV)-oldest/.test: Makefile .ci/torch_without_cuda
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install $(OLDEST) filelock typing-extensions sympy networkx jinja2 fsspec "setuptools<82"
-	$(VENV)-oldest/bin/pip install --constraint $(CONSTRAINTS) pytest pytest-timeout hypothesis
+	$(VENV)-oldest/bin/pip install --constraint $(CONSTRAINTS) pytest pytest-timeout hypothesis semantic-text-splitter
 	.ci/torch_without_cuda $(VENV)-oldest/bin $(OLDEST_TORCH)
 	touch $@

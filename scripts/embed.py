@@ -1,244 +1,237 @@
-"""Searches and encodes text files with a Causal2Vec checkpoint, from the command line.
+"""Indexes, searches and encodes files with a Causal2Vec checkpoint, from the command line.
 
-    python -m scripts.embed search "how is the model trained" README.md notes.txt corpus.jsonl
-    python -m scripts.embed encode sentences.txt -o vectors.npy
+    python -m scripts.embed index docs notes --db my.lance
+    python -m scripts.embed search "how is the model trained" --db my.lance
+    python -m scripts.embed search "how is the model trained" README.md docs
+    python -m scripts.embed encode corpus.jsonl -o vectors.parquet
 
-`search` cuts the files into passages and prints those with the highest cosine to the query. `encode` writes one vector
-per line of a .txt file or row of a .jsonl file. Invariants: a file that gives nothing is an error, never skipped; an
-output file is replaced by a complete one or left alone.
+`index` keeps the passages of documents and their vectors in a LanceDB table, and embeds only what is new at the next call.
+`search` prints the passages with the highest cosine to the query, of an index or of files that it embeds for the occasion.
+`encode` writes one vector per row of a file. Invariants: what cannot be read is named and ends in exit code 2, an output is
+replaced by a complete one or left alone, and memory does not grow with the files.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from scripts.exits import exit_code
+from scripts.index import BATCH, Index, UnreadableFile, Update, check_name, locked
+from scripts.passages import Found, Passage, Splitters, default_tokens, examine, read_passages, walk
+from scripts.tables import KINDS, read_rows
+from scripts.writers import Parts, check_output
 from serving.loading import load_model
+from serving.precision import PRECISIONS, check_precision, store
 
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-MAX_CHARS = 1000  # of a passage; some 250 tokens of English, half of what the bundled model reads
-
-HEADING = re.compile(r" {0,3}#{1,6}(?:\s+|$)(.*?)(?:\s+#+)?\s*$")
-FENCE = re.compile(r"\s*(`{3,}|~{3,})[^`]*$")  # opens a code block
-BLOCK_START = re.compile(f"{HEADING.pattern}|{FENCE.pattern}")  # ends a paragraph without a blank line
-RULE = re.compile(r" {0,3}([-*_])(\s*\1){2,}\s*$")  # a thematic break such as ---
-# Where a long text may be cut, best first: behind a sentence or a line, behind white space.
-BOUNDS = (re.compile(r"[.!?]['\")\]]*\s+|[。！？]|\n"), re.compile(r"\s+"))
-
-
-class Passage(NamedTuple):
-    """A text and where it stands."""
-
-    path: str
-    line: int
-    text: str
-
-
-def split_plain_text(text: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of each paragraph, cut where it is longer than `MAX_CHARS`."""
-    for blank, group in groupby(enumerate(text.split("\n"), 1), key=lambda item: not item[1].strip()):
-        if not blank:
-            numbers, lines = zip(*group, strict=True)
-            yield from cut(numbers[0], "\n".join(lines))
-
-
-def cut(line: int, text: str) -> Iterator[tuple[int, str]]:
-    """Pieces of at most `MAX_CHARS`: cut at the last good bound in their second half, without one anywhere."""
-    start = 0
-    while start < len(text):
-        end = start + MAX_CHARS
-        if end < len(text):
-            for bound in BOUNDS:
-                ends = [match.end() for match in bound.finditer(text, start + MAX_CHARS // 2, end)]
-                if ends:
-                    end = ends[-1]
-                    break
-        if piece := text[start:end].strip():
-            yield line, piece
-        line += text.count("\n", start, end)
-        start = end
-
-
-def split_markdown(text: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of each passage: a heading and the blocks under it, as many as fit into `MAX_CHARS`.
-
-    A heading leads every passage of its section; headings without a block between them stand together. A code block is
-    never cut. YAML front matter and thematic breaks are dropped.
-    """
-    is_heading, title_line, title = False, 0, ""
-    for is_heading, group in groupby(markdown_blocks(text.split("\n")), key=lambda block: block[0] == "heading"):
-        blocks = list(group)
-        if is_heading:
-            title_line, title = blocks[0][1], "\n".join(block for _, _, block in blocks)
-            continue
-        for line, body in join_blocks(blocks):
-            yield line, f"{title}\n\n{body}" if title else body
-    if is_heading:  # nothing follows the last one
-        yield title_line, title
-
-
-def markdown_blocks(lines: list[str]) -> Iterator[tuple[str, int, str]]:
-    """Kind ("heading", "code" or "text"), line number and text of each block."""
-    position = front_matter_length(lines)
-    while position < len(lines):
-        start, line = position, lines[position]
-        position += 1
-        if fence := FENCE.match(line):
-            closing = re.compile(rf"\s*{fence[1]}{fence[1][0]}*\s*$")
-            while position < len(lines) and not closing.match(lines[position]):
-                position += 1
-            position += 1  # the closing line; an unclosed block runs to the end of the file
-            yield "code", start + 1, "\n".join(lines[start:position])
-        elif heading := HEADING.match(line):
-            if heading[1]:
-                yield "heading", start + 1, heading[1]
-        elif line.strip() and not RULE.match(line):
-            while position < len(lines) and lines[position].strip() and not BLOCK_START.match(lines[position]):
-                position += 1
-            yield "text", start + 1, "\n".join(lines[start:position])
-
-
-def front_matter_length(lines: list[str]) -> int:
-    """How many lines the YAML front matter takes, its two markers included; 0 without any."""
-    if lines[0].rstrip() != "---":
-        return 0
-    return next((number for number, line in enumerate(lines[1:], 2) if line.rstrip() in ("---", "...")), 0)
-
-
-def join_blocks(blocks: list[tuple[str, int, str]]) -> Iterator[tuple[int, str]]:
-    """Cuts what is too long, code aside, and joins neighbours as long as they fit into `MAX_CHARS` together."""
-    first, body = 0, ""
-    for kind, start, block in blocks:
-        for line, piece in [(start, block)] if kind == "code" else cut(start, block):
-            if body and len(body) + len(piece) + 2 > MAX_CHARS:
-                yield first, body
-                body = ""
-            first, body = (first, f"{body}\n\n{piece}") if body else (line, piece)
-    yield first, body
-
-
-def read_text(path: str) -> str:
-    """The text of a UTF-8 file, with `\\n` as its only line end."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset {error.start}. Convert it, "
-            f"for example with iconv."
-        ) from error
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_rows(path: str, text_column: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of each row of a .jsonl file; a title, where there is one, is the text's first line."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} must be a JSON object on one line, got {line!r:.80}: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            raise ValueError(
-                f"{path}:{number} must be an object with a string under {text_column!r}, got {line!r:.80}. Name another "
-                f"field with --text_column."
-            )
-        title = row.get("title") if text_column != "title" else None
-        text = f"{title}\n{row[text_column]}" if isinstance(title, str) and title else row[text_column]
-        yield number, re.sub("[\ud800-\udfff]", "\ufffd", text)  # JSON escapes can hold half a character
-
-
-def reader_for(path: str, readers: dict[str, Callable]) -> Callable:
-    """The entry of `readers` for the file's suffix."""
-    suffix = Path(path).suffix.lower()
-    if not Path(path).exists():
-        raise ValueError(f"There is no file {path}.")
-    if suffix not in readers:
-        raise ValueError(f"{path} must end in one of {', '.join(readers)}: the suffix tells how to read it.")
-    return readers[suffix]
-
-
-def read_passages(paths: list[str], text_column: str) -> list[Passage]:
-    """The passages of all files, in order."""
-    readers = {
-        ".txt": lambda path: split_plain_text(read_text(path)),
-        ".md": lambda path: split_markdown(read_text(path)),
-        ".markdown": lambda path: split_markdown(read_text(path)),
-        ".jsonl": lambda path: ((line, text) for line, text in read_rows(path, text_column) if text.strip()),
-    }
-    passages: list[Passage] = []
-    for path in paths:
-        found = [Passage(path, line, text) for line, text in reader_for(path, readers)(path)]
-        if not found:
-            raise ValueError(f"No passages in {path}: it holds no text. Leave it out, or fill it.")
-        passages += found
-    return passages
 
 
 def search(args: argparse.Namespace) -> None:
-    """Prints the passages that are nearest to the query."""
-    passages = read_passages(args.files, args.text_column)
-    model = load_model(args.model, args.dtype)
-    limits = {"batch_size": args.batch_size, "max_length": args.max_length, "truncation": "silent"}
-    query = model.encode_query(args.query, instruction=args.instruction, **limits)  # (dim,)
-    scores = model.encode_document([passage.text for passage in passages], **limits) @ query  # (passages,)
-    tell_truncated(model, len(passages) + 1, args.max_length)
-    width = min(shutil.get_terminal_size().columns, 120)
-    for index in (-scores).argsort(kind="stable")[: args.top_k]:
-        path, line, text = passages[index]
-        text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text)  # control characters would reach the terminal
-        shown = textwrap.wrap(text, max(width - 8, 20), max_lines=4, placeholder=" ...")
-        print(f"{scores[index]:.4f}  {path}:{line}", *shown, sep="\n        ", end="\n\n")
+    """Prints the passages that are nearest to a query."""
+    if bool(args.files) == bool(args.db):
+        raise ValueError("Say where to look: files and folders, or an index by --db, and not both.")
+    if args.files and (args.hybrid or args.query == "-"):
+        raise ValueError(
+            "--hybrid and queries from standard input need an index: python -m scripts.embed index, then --db."
+        )
+    if args.files:
+        search_files(args)
+    else:
+        search_index(args)
+
+
+def search_index(args: argparse.Namespace) -> None:
+    """Searches an index; nothing but the query is embedded."""
+    index = Index(args.db)
+    model = load_model(args.model, args.dtype, args.revision)
+    index.check(model.fingerprint(), ignore=("instruction", "dimensions", "max_length"))
+    limits = {"max_length": args.max_length, "truncate_dim": index.fingerprint["dimensions"]}
+    queries = [args.query] if args.query != "-" else filter(None, (line.strip() for line in sys.stdin))
+    for query in queries:
+        vector = model.encode_query(query, instruction=args.instruction, **limits)  # (dim,)
+        hits = index.search(vector, args.top_k, query if args.hybrid else None)
+        show(args, query, [(hit.score, Passage(*hit[1:])) for hit in hits])
+
+
+def search_files(args: argparse.Namespace) -> None:
+    """Embeds the passages of files, and keeps the best of them."""
+    found = walk(args.files)
+    encodings, errors = {}, dict(found.unreadable)
+    for path in found.files:
+        try:
+            encodings[path] = examine(path).encoding
+        except ValueError as error:
+            errors[path] = str(error)
+    model = load_model(args.model, args.dtype, args.revision) if encodings else None
+    best: list[tuple[float, Passage]] = []
+    total = 0
+    if model is not None:
+        limits = {"batch_size": args.batch_size, "max_length": args.max_length, "truncation": "silent"}
+        query = model.encode_query(args.query, instruction=args.instruction, **limits)  # (dim,)
+        splitters = Splitters(model.processor.tokenizer, default_tokens(model.processor.limits(args.max_length)))
+        passages = chain.from_iterable(
+            readable(path, splitters, args.text_column, encoding, errors) for path, encoding in encodings.items()
+        )
+        while batch := list(islice(passages, BATCH)):
+            scores = model.encode_document([passage.text for passage in batch], **limits) @ query  # (passages,)
+            best = sorted([*best, *zip(map(float, scores), batch)], key=lambda hit: -hit[0])[: args.top_k]
+            total += len(batch)
+        tell_truncated(model, total + 1, args.max_length)
+    tell_found(found, [path for path, encoding in encodings.items() if encoding == "cp1252" and path not in errors])
+    if total:
+        show(args, args.query, best)
+    refuse_unreadable(errors)
+    if not total:
+        raise ValueError(f"There is no text in {', '.join(args.files)}.")
+
+
+def readable(
+    path: str, splitters: Splitters, text_column: str, encoding: str | None, errors: dict[str, str]
+) -> Iterator[Passage]:
+    """The passages of a file up to an error, which is noted."""
+    try:
+        yield from read_passages(path, splitters, text_column, encoding)
+    except ValueError as error:
+        errors[path] = str(error)
+
+
+def index(args: argparse.Namespace) -> None:
+    """Brings an index up to date with files and folders."""
+    from transformers.utils.logging import tqdm
+
+    check_name(args.db)
+    found = walk(args.files)
+    errors = dict(found.unreadable)
+    with locked(args.db):
+        there = Index(args.db) if Path(args.db).exists() else None
+        model = load_model(args.model, args.dtype, args.revision)
+        limits = {"max_length": args.max_length, "truncate_dim": args.truncate_dim}
+        fingerprint = model.fingerprint(args.instruction, **limits)
+        if there is None:
+            tokens = args.passage_tokens or default_tokens(model.processor.limits(args.max_length))
+            there = Index.create(args.db, fingerprint, tokens)
+        there.check(fingerprint)
+        if args.passage_tokens not in (None, there.tokens):
+            raise ValueError(f"The passages of {args.db} have {there.tokens} tokens. Another --db can have others.")
+
+        def embed(texts: list[str]):
+            limits["batch_size"] = args.batch_size
+            return model.encode(texts, instruction=args.instruction, truncation="silent", **limits)
+
+        update = Update(there, embed, Splitters(model.processor.tokenizer, there.tokens), args.text_column)
+        new, empty = [path for path in found.files if update.is_new(path)], 0
+        changed = len(new)
+        with tqdm(new, unit="file", disable=None) as progress:
+            for path in progress:
+                try:
+                    count = update.add(path)
+                    changed -= count < 0
+                    empty += count == 0
+                except UnreadableFile as error:
+                    errors[path] = str(error)
+                    changed -= 1
+                progress.set_postfix(passages=update.embedded)
+            update.write()
+        gone = update.gone([os.path.abspath(root) for root in args.files], found.files, [*found.unreadable])
+        there.drop(gone)
+        if changed or gone:
+            there.finish()
+        tell_truncated(model, update.embedded, args.max_length)
+        tell_found(found, update.guessed, empty)
+        print(
+            f"{args.db}: {there.count():,} passages. {changed:,} files new or changed, with {update.embedded:,} passages "
+            f"embedded; {len(gone):,} gone; {len(found.files) - changed - len(errors) + len(found.unreadable):,} as before."
+        )
+    refuse_unreadable(errors)
 
 
 def encode(args: argparse.Namespace) -> None:
-    """Writes the vectors of a file's texts."""
-    output = Path(args.output)
-    if output.suffix not in (".npy", ".parquet"):
-        raise ValueError(f"--output must end in .npy or .parquet, got {output}.")
-    if not output.parent.is_dir():
-        raise ValueError(f"There is no folder {output.parent} for {output}; make it first.")
-    if output.is_dir():
-        raise ValueError(f"--output must be a file, and {output} is a folder.")
-    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("A .parquet output needs pyarrow: pip install pyarrow, or write .npy.")
-    readers = {
-        ".txt": lambda path: read_text(path).removesuffix("\n").split("\n"),
-        ".jsonl": lambda path: [text for _, text in read_rows(path, args.text_column)],
-    }
-    texts = reader_for(args.input, readers)(args.input)
-    if not any(text.strip() for text in texts):
-        raise ValueError(f"No texts in {args.input}: it is empty.")
+    """Writes the vectors of a file's rows."""
+    from transformers.utils.logging import tqdm
 
-    with new_file(output) as file:
-        model = load_model(args.model, args.dtype)
-        vectors = model.encode(
-            texts,
-            instruction=args.instruction,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            normalize_embeddings=args.normalize,
-            truncate_dim=args.truncate_dim,
-            truncation="silent",
-        )  # (texts, dim)
-        with naming(output):
-            write_vectors(file, output.suffix, texts, vectors)
-    tell_truncated(model, len(texts), args.max_length)
-    print(f"Wrote {vectors.shape[0]} vectors of {vectors.shape[1]} numbers to {output}")
+    output = Path(args.output).absolute()
+    check_output(output)
+    if args.input != "-" and not Path(args.input).is_file():
+        raise ValueError(f"There is no file {args.input}.")
+    kind = args.format or ("txt" if args.input == "-" else KINDS.get(Path(args.input).suffix.lower()))
+    if kind is None:
+        raise ValueError(f"{args.input} must end in one of {', '.join(KINDS)}, or --format say what it is.")
+    windows = read_rows(args.input, args.text_column, BATCH, kind)
+    first = next(windows, None)  # a mistake is told before a model is loaded
+    if first is None:
+        raise ValueError(f"No texts in {args.input}: it is empty.")
+    names = first.columns[0] if isinstance(first.columns, list) else first.columns.column_names
+    if args.embedding_column in names:
+        raise ValueError(
+            f"{args.input} has a column {args.embedding_column!r} already: name another --embedding_column."
+        )
+
+    model = load_model(args.model, args.dtype, args.revision)
+    limits = {"max_length": args.max_length, "truncate_dim": args.truncate_dim, "normalize_embeddings": args.normalize}
+    fingerprint = model.fingerprint(args.instruction, **limits)
+    check_precision(args.precision, fingerprint["dimensions"])
+    settings = {"fingerprint": fingerprint, "precision": args.precision, "text_column": args.text_column}
+    encoded = number = 0
+    with Parts(output, settings, args.embedding_column) as parts, tqdm(unit=" texts", disable=None) as progress:
+        for number, rows in enumerate(chain([first], windows), 1):
+            if not parts.has(number - 1, rows):
+                vectors = model.encode(
+                    rows.texts, instruction=args.instruction, batch_size=args.batch_size, truncation="silent", **limits
+                )  # (rows, dim)
+                parts.write(number - 1, rows, store(vectors, args.precision))
+                encoded += len(rows.texts)
+            progress.update(len(rows.texts))
+        count, size = parts.join(number)
+    tell_truncated(model, encoded, args.max_length)
+    resumed = f", {count - encoded:,} of them from before" if count > encoded else ""
+    print(f"Wrote {count:,} vectors of {size} numbers to {args.output}{resumed}")
+
+
+def show(args: argparse.Namespace, query: str, hits: list[tuple[float, Passage]]) -> None:
+    """Prints what a query has found: one line of JSON, or the beginnings of passages for a terminal."""
+    if args.json:
+        found = [{"score": round(score, 6), **passage._asdict()} for score, passage in hits]
+        print(json.dumps({"query": query, "hits": found}, ensure_ascii=False), flush=True)
+        return
+    width = min(shutil.get_terminal_size().columns, 120)
+    for score, (path, line, page, text) in hits:
+        path = os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+        place = f":{line}" if line else f", page {page}" if page else ""
+        text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text)  # control characters would reach the terminal
+        shown = textwrap.wrap(text, max(width - 8, 20), max_lines=4, placeholder=" ...")
+        print(f"{score:.4f}  {path}{place}", *shown, sep="\n        ", end="\n\n")
+    sys.stdout.flush()
+
+
+def tell_found(found: Found, guessed: Iterable[str], empty: int = 0) -> None:
+    """On standard error: what was passed over, and what was guessed."""
+    if guessed := [*guessed]:
+        print(f"embed: not UTF-8, so read as Windows-1252: {', '.join(guessed)}", file=sys.stderr)
+    passed_over = {**found.passed_over} | ({"without text": empty} if empty else {})
+    if passed_over:
+        told = ", ".join(f"{count:,} {kind}" for kind, count in sorted(passed_over.items()))
+        print(f"embed: passed over: {told}", file=sys.stderr)
+
+
+def refuse_unreadable(errors: dict[str, str]) -> None:
+    """Raises ValueError that names what could not be read; all else has been."""
+    if len(errors) == 1:
+        raise ValueError(
+            *(error if path in error else f"Cannot read {path}: {error}" for path, error in errors.items())
+        )
+    if errors:
+        for path, error in errors.items():
+            print(f"embed: {error if path in error else f'Cannot read {path}: {error}'}", file=sys.stderr)
+        raise ValueError(f"{len(errors)} files could not be read; all others were.")
 
 
 def tell_truncated(model, total: int, max_length: int | None) -> None:
@@ -250,49 +243,6 @@ def tell_truncated(model, total: int, max_length: int | None) -> None:
         print(f"embed: {told}", file=sys.stderr)
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Says which file could not be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
-@contextmanager
-def new_file(output: Path) -> Iterator[BinaryIO]:
-    """A file to write; it takes the place of `output` if all goes well, and is removed otherwise."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with naming(output):
-        file = open(temporary, "wb")
-    try:
-        yield file
-        with naming(output):
-            file.close()
-            os.replace(temporary, output)
-    finally:
-        with suppress(OSError):  # of a full disk, which is told already
-            file.close()
-        temporary.unlink(missing_ok=True)
-
-
-def write_vectors(file: BinaryIO, suffix: str, texts: list[str], vectors) -> None:
-    """Writes .npy, the vectors alone, or .parquet with the columns `text` and `embedding`."""
-    if suffix == ".npy":
-        import numpy as np
-
-        header = np.lib.format.header_data_from_array_1_0(vectors)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(vectors.data)  # np.save writes past Python, and cannot say why the disk took no more
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "embedding": embedding}), file)
-    file.flush()
-
-
 def positive(value: str) -> int:
     """A whole number above 0, for argparse."""
     if not value.isdecimal() or int(value) == 0:
@@ -301,33 +251,49 @@ def positive(value: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The two commands and their arguments."""
+    """The three commands and their arguments."""
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--model", default=str(ROOT), help="folder or Hub id (default: this repository)")
+    add("--revision", help="of a Hub id: a commit, branch or tag (default: main)")
     add("--batch_size", type=positive, default=32, help="texts per forward pass (default: 32)")
     add("--dtype", choices=DTYPES, default="float32", help="of the computation; auto: as saved (default: float32)")
     add("--max_length", type=positive, help="longest decoder input in tokens (default: the checkpoint's)")
-    add("--text_column", default="text", help="field of a .jsonl row that holds the text (default: text)")
+    add("--text_column", default="text", help="column of a table that holds the text (default: text)")
 
     parser = argparse.ArgumentParser(prog="python -m scripts.embed", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     searching = commands.add_parser("search", parents=[common], help="print the passages nearest to a query")
     searching.set_defaults(run=search)
     add = searching.add_argument
-    add("query", help="what to look for")
-    add("files", nargs="+", help="files to look in: .txt, .md or .jsonl")
+    add("query", help="what to look for; with --db, - reads queries from standard input, one per line")
+    add("files", nargs="*", help="files and folders to look in")
+    add("--db", metavar="NAME.lance", help="index to look in")
     add("--instruction", help="task of the query; '' for none (default: the checkpoint's for queries)")
     add("--top_k", type=positive, default=5, help="passages to print (default: 5)")
+    add("--hybrid", action="store_true", help="of an index: join the ranking by vectors with that by words")
+    add("--json", action="store_true", help="print one line of JSON per query, with whole passages")
 
-    encoding = commands.add_parser("encode", parents=[common], help="write the vectors of a file's texts")
+    indexing = commands.add_parser("index", parents=[common], help="keep the passages of files and their vectors")
+    indexing.set_defaults(run=index)
+    add = indexing.add_argument
+    add("files", nargs="+", help="files and folders")
+    add("--db", metavar="NAME.lance", required=True, help="index to make or bring up to date")
+    add("--instruction", help="task of all passages (default: none)")
+    add("--truncate_dim", type=positive, help="numbers to keep of each vector (default: all)")
+    add("--passage_tokens", type=positive, help="most tokens of a passage (default: so many that both towers read)")
+
+    encoding = commands.add_parser("encode", parents=[common], help="write the vectors of a file's rows")
     encoding.set_defaults(run=encode)
     add = encoding.add_argument
-    add("input", help="a .txt file with a text per line, or a .jsonl file with one per row")
-    add("-o", "--output", required=True, help="file to write: .npy, or .parquet with the texts")
+    add("input", help=f"a file that ends in one of {', '.join(KINDS)}, or - for standard input")
+    add("-o", "--output", required=True, help="what to write: .parquet or .lance with all columns, or .npy")
+    add("--format", choices=sorted(set(KINDS.values())), help="of the input (default: by suffix; txt: a text per line)")
     add("--instruction", help="task of all texts (default: none)")
     add("--truncate_dim", type=positive, help="numbers to keep of each vector (default: all)")
     add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="scale to length 1 (default: yes)")
+    add("--precision", choices=PRECISIONS, default="float32", help="of what is written (default: float32)")
+    add("--embedding_column", default="embedding", help="column of the vectors (default: embedding)")
     return parser
 
 

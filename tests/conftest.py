@@ -1,4 +1,4 @@
-"""Tiny random backbones of every family that is promised to work, saved as folders that AutoModel loads."""
+"""What tests share: tiny random backbones of every promised family, models made of them, and runs that train them."""
 
 import copy
 import functools
@@ -53,6 +53,16 @@ def plain(model, texts, instructions=None, examples=None) -> np.ndarray:
         instruction = instructions[i] if isinstance(instructions, list) else instructions
         rows.append(embed(model, model.processor(text, instruction, examples))[0].float())
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+def gradients(model, batch, **kwargs) -> dict[str, torch.Tensor]:
+    """Of a weighted sum of a batch's embeddings."""
+    model.zero_grad()
+    embeddings = model(**batch, **kwargs).embeddings
+    (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 def difference(left, right) -> float:
@@ -317,6 +327,18 @@ def run_facts() -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def complete_dir(tiny_model, run_facts, tmp_path_factory) -> Path:
+    """The tiny model in three shards, with a card that lacks nothing."""
+    folder = tmp_path_factory.mktemp("complete") / "model"
+    tiny_model.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) >= 2
+    from training.card import write_card
+
+    write_card(folder, run_facts, tiny_model, "tester/complete", licence="apache-2.0")
+    return folder
+
+
 SHARD = "60KB"  # of the tiny model, several
 REFUSED = (ValueError, OSError)
 
@@ -340,6 +362,12 @@ def change_config(folder: Path, part: str | None = None, **values) -> None:
     config = json.loads((folder / "config.json").read_text())
     (config if part is None else config[part]).update(values)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -391,3 +419,101 @@ def offline(tmp_path_factory):
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """What eval_mteb.py reads: two MTEB tasks and one of one's own."""
+    from eval_packs import retrieval_configs, write_pack, write_sts
+
+    folder = tmp_path / "data"
+    write_sts(folder / "STS16", seed=1)
+    write_pack(folder / "SciFact", retrieval_configs(2))
+    write_sts(folder / "X-Mine", 3, {"name": "X-Mine", "type": "STS", "main_score": "spearman", "instruction": "Mine"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_rows(tmp_path_factory):
+    """A folder of two small datasets, and the data file that lists them."""
+    folder = tmp_path_factory.mktemp("training_rows")
+    for name, negatives in (("one", 2), ("two", 0)):
+        rows = [
+            {
+                "query": f"{name} question {i}",
+                "positive": f"the answer to {name} {i} is {i * 7}",
+                "negatives": [f"a wrong answer {name} {i} {j}" for j in range(negatives)],
+            }
+            for i in range(40)
+        ]
+        write_rows(folder / f"{name}.jsonl", rows)
+    entries = [
+        {"name": "one", "path": "one.jsonl", "instructions": ["answer the question"]},
+        {"name": "two", "path": "two.jsonl", "instructions": ["find similar", "find"], "symmetric": ["find similar"]},
+    ]
+    (folder / "data.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def run(training_rows, backbone_dir, tmp_path):
+    """Returns a function that runs train.py with small defaults and the given flags."""
+
+    import train
+
+    def run(*flags, output_dir=None):
+        defaults = {
+            "encoder": backbone_dir("bert"),
+            "decoder": backbone_dir("llama"),
+            "output_dir": str(output_dir or tmp_path / "run"),
+            "data_file": str(training_rows / "data.json"),
+            "data_dir": str(training_rows),
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        recipe = tmp_path / "recipe.json"
+        recipe.write_text(json.dumps(defaults))
+        return train.main([str(recipe), *map(str, flags)])
+
+    return run
+
+
+def facts(folder: Path) -> dict:
+    """What a run leaves in training.json, beside its model or in it."""
+    return json.loads((folder / "training.json").read_text())
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    return [entry[name] for entry in facts(folder)["log"] if name in entry]
+
+
+def losses(folder: Path) -> list[float]:
+    return logged(folder, "loss")
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """`a` has three tasks of MTEB and two others; `b` shares two of the former and one of the latter."""
+    from eval_packs import write_result
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_result(a, "STS12", "STS", 0.5)
+    write_result(a, "STS13", "STS", 0.7)
+    write_result(a, "SciFact", "Retrieval", 0.3)
+    write_result(a, "X-One", "Clustering", 0.1, in_benchmark=False)
+    write_result(a, "X-Two", "STS", 0.2, in_benchmark=False)
+    write_result(b, "STS12", "STS", 0.6)
+    write_result(b, "SciFact", "Retrieval", 0.2)
+    write_result(b, "BIOSSES", "STS", 0.9)
+    write_result(b, "X-One", "Clustering", 0.15, in_benchmark=False)
+    return a, b

@@ -1,14 +1,20 @@
-"""Tiny tasks of all seven types, written as folders in mteb's dataset layout; and what a process of its own needs."""
+"""Tiny tasks of all seven types, written as folders in mteb's dataset layout; and an encoder for them that counts."""
 
+import argparse
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import write_rows
 
+import eval_mteb
 from evaluation.encoder import MTEBEncoder, ranks
+from evaluation.report import read_run
+from saving_utils import write_json
 
 
 SUBJECTS = ("The cat", "A doctor", "My neighbour", "The old bridge", "This recipe", "Her brother", "A small boat")
@@ -28,9 +34,7 @@ def write_pack(folder: Path, configs: dict[str, dict[str, list[dict]]], task: di
     for config, splits in configs.items():
         front += [f"- config_name: {config}", "  data_files:"]
         for split, rows in splits.items():
-            file = folder / config / f"{split}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_rows(folder / config / f"{split}.jsonl", rows)
             front += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*front, "---", ""]), encoding="utf-8")
     if task is not None:
@@ -129,3 +133,67 @@ def embed_in_a_process(rank: int, rendezvous: str, results: str) -> None:
     np.save(f"{results}.{rank}.npy", encoder.embed(["a" * i for i in range(9)], None, None))
     assert encoder.truncated["texts"] == 9  # as the stub has it, in either process
     torch.distributed.destroy_process_group()
+
+
+def cli(saved_dir, data_dir, output) -> list[str]:
+    return ["--model", str(saved_dir), "--data_dir", str(data_dir)] + (["--output", str(output)] if output else [])
+
+
+def options(saved_dir, data_dir, output, *more) -> argparse.Namespace:
+    return eval_mteb.parse_args(
+        ["--model", str(saved_dir), "--data_dir", str(data_dir), "--output", str(output), "--tasks", "all", *more]
+    )
+
+
+def load(saved_dir, data_dir, output, *more):
+    """Tasks and encoder, as `main` makes them."""
+    from evaluation.tasks import select_tasks
+
+    args = options(saved_dir, data_dir, output, *more)
+    tasks = select_tasks(args.tasks, args.data_dir)
+    return tasks, eval_mteb.load_encoder(args, tasks)
+
+
+class CountingBackend:
+    """Counts the texts that reach the model; may fail before the n-th call."""
+
+    def __init__(self, backend, fail_at=None, error=KeyboardInterrupt):
+        self.backend, self.fail_at, self.error, self.calls, self.texts = backend, fail_at, error, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode(self, texts, *args):
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise self.error("as if killed")
+        self.texts += len(texts)
+        return self.backend.encode(texts, *args)
+
+
+def counting(encoder, **kwargs):
+    return replace(encoder, backend=CountingBackend(encoder.backend, **kwargs), lengths=[])
+
+
+def scores(output) -> dict[str, float]:
+    scored = read_run(output)
+    return {**scored.scores, **scored.other}
+
+
+def write_result(folder, task, type_, score, in_benchmark=True, noise=None, finished=True, splits=("test",)):
+    result = f"results/m/r/{'noisy/' if noise else ''}{task}.json"
+    scores = {split: [{"main_score": score, "hf_subset": "default"}] for split in splits}
+    write_json(folder / result, {"scores": scores})
+    record = {
+        "task": task,
+        "type": type_,
+        "in_benchmark": in_benchmark,
+        "main_score": "spearman",
+        "splits": list(splits),
+        "data": "local-0123456789abcdef",
+        "noise": noise,
+        "result": result,
+        "finished": finished,
+    }
+    write_json(folder / "records" / f"{task}{'.noise' if noise else ''}.json", record)
+    write_json(folder / "settings.json", {"label": folder.name, "model": f"local/{folder.name}", "dtype": "fp32"})

@@ -4,8 +4,8 @@ datasets read by.
     with HubServer() as hub:
         ...  # clients run with HF_ENDPOINT=hub.url and HF_TOKEN=TOKEN
 
-Create repository, preupload, LFS batch with upload and verify, commit, branches, model info, tree, resolve with ETag,
-redirect and Range, and the Hub's error codes. `hub.fail(...)` breaks the next requests of a kind, `hub.log` has them all.
+Create repository, preupload, LFS batch with upload and verify, commit, branches, model info, tree, resolve with ETag
+and redirect, and the Hub's error codes. `hub.fail(...)` breaks the next requests of a kind, `hub.log` has them all.
 """
 
 import base64
@@ -61,8 +61,7 @@ class Fault:
     method: str
     path: str
     times: int
-    status: int | None = None  # answer this
-    cut_after: int | None = None  # send this many bytes of the body, then close the connection
+    status: int  # answer this
 
 
 class HubServer(ThreadingHTTPServer):
@@ -77,7 +76,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}  # SHA-256 -> content
         self.faults: list[Fault] = []
-        self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.log: list[tuple[str, str]] = []  # method, path
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -88,9 +87,9 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def fail(self, method: str, path: str, times: int = 1, *, status: int | None = None, cut_after: int | None = None):
+    def fail(self, method: str, path: str, times: int = 1, *, status: int):
         """Breaks the next requests of `method` whose path matches the pattern `path`."""
-        self.faults.append(Fault(method, path, times, status, cut_after))
+        self.faults.append(Fault(method, path, times, status))
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -100,7 +99,7 @@ class HubServer(ThreadingHTTPServer):
                     return fault
         return None
 
-    def requests(self, method: str, path: str) -> list[tuple[str, str, str | None]]:
+    def requests(self, method: str, path: str) -> list[tuple[str, str]]:
         return [entry for entry in self.log if entry[0] == method and re.search(path, entry[1])]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -115,33 +114,23 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_GET(self):
-        self.answer()
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_POST(self):
-        self.answer()
-
-    def do_PUT(self):
-        self.answer()
-
     def answer(self):
         split = urlsplit(self.path)
         path = unquote(split.path)
         body = self.read_body()
         with self.server.lock:
-            self.server.log.append((self.command, path, self.headers.get("Range")))
-        self.fault = self.server.take_fault(self.command, path)
-        if self.fault is not None and self.fault.status is not None:
-            return self.send_error_code(self.fault.status, None, "injected")
+            self.server.log.append((self.command, path))
+        fault = self.server.take_fault(self.command, path)
+        if fault is not None:
+            return self.send_error_code(fault.status, None, "injected")
         for methods, pattern, name in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods:
                 self.query = parse_qs(split.query)
                 return getattr(self, name)(body, **match.groupdict())
         self.send_error_code(404, None, f"no route for {self.command} {path}")
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -160,11 +149,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
-            return
-        if self.fault is not None and self.fault.cut_after is not None:
-            self.wfile.write(content[: self.fault.cut_after])
-            self.wfile.flush()
-            self.close_connection = True
             return
         self.wfile.write(content)
 
@@ -292,16 +276,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"rfilename": path, "size": len(file.content), "blobId": file.etag}
                 for path, file in sorted(repo.commits[commit].items())
             ]
-            self.send_json(
-                {
-                    "id": repo_id,
-                    "modelId": repo_id,
-                    "sha": commit,
-                    "private": repo.private,
-                    "tags": [],
-                    "siblings": siblings,
-                }
-            )
+            names = {"id": repo_id, "modelId": repo_id, "sha": commit}
+            self.send_json({**names, "private": repo.private, "tags": [], "siblings": siblings})
 
     def refs(self, body, repo_id):
         if found := self.find(repo_id):
@@ -342,16 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, b"", {**headers, "Location": f"{self.server.storage_url}/lfs/{file.etag}"})
 
     def send_content(self, content: bytes, headers: dict[str, str]):
-        headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
-        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not requested:
-            return self.send(200, content, headers)
-        start = int(requested[1])
-        end = min(int(requested[2] or len(content) - 1), len(content) - 1)
-        if start > end:
-            return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        self.send(206, content[start : end + 1], headers)
+        self.send(200, content, {"Content-Type": "application/octet-stream", **headers})
 
 
 _API = r"/api/(?:models|datasets)"

@@ -1,10 +1,9 @@
 """scripts/ablation.py: what is run, what is kept, what the tables say; on tiny backbones and packs."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_rows
 from eval_packs import retrieval_configs, write_pack, write_sts
 
 import train
@@ -27,7 +26,7 @@ def study(backbone_dir, tmp_path_factory):
         {"query": f"question {i}", "positive": f"the answer to {i} is {i * 7}", "negatives": [f"no answer {i}"]}
         for i in range(30)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     (folder / "data.json").write_text(json.dumps([{"name": "one", "path": "rows.jsonl", "instructions": ["answer"]}]))
     recipe = {
         "encoder": backbone_dir("bert"),
@@ -122,8 +121,6 @@ def test_redraw(study, results):
 
 def test_tables(results):
     text = (results / "ablation.md").read_text()
-    for title, _ in ablation.STUDIES.values():
-        assert f"## {title}" in text
     one, two = (
         {seed: sum(record(results, name, seed)["scores"].values()) / 2 for seed in (42, 43)}
         for name in ("last_token", "eos")
@@ -133,17 +130,14 @@ def test_tables(results):
     mean, spread = (one[42] + one[43]) / 2, abs(two[42] - two[43]) / 2**0.5
     assert cells[1] == f"{(two[42] + two[43]) / 2:.2f} ± {spread:.2f}" and cells[2] == "2"
     assert cells[3].startswith(f"{(two[42] + two[43]) / 2 - mean:+.2f} ± ")
-    assert cells[4:] == ["62.19", "+0.38", "65.44", "+0.60"]
-    assert "| 2 | not run | 0 |  | 62.77 | -0.06 | 65.76 | -0.09 |" in text
-    assert "here, 1 tasks" in text[text.index("## In-context") :]  # only what both have
-    noise = next(line for line in text[text.index("## Noise") :].splitlines() if line.startswith("| default"))
-    assert noise.endswith("| 65.85 | 60.95 | -4.90 | -3.25 |")
+    assert cells[4:] == ["62.19", "+0.38", "65.44", "+0.60"]  # the paper's
+    assert "not run" in text and all(f"## {title}" in text for title, _ in ablation.STUDIES.values())
 
 
 def test_another_budget_needs_another_folder(study, results):
-    with pytest.raises(ValueError, match="holds runs with another recipe. Use other folders for --output"):
+    with pytest.raises(ValueError, match="another recipe.*--output"):
         study("--study", "components", "--max_steps", 3)
-    with pytest.raises(ValueError, match="work holds runs with another recipe"):
+    with pytest.raises(ValueError, match="work.*another recipe"):
         study("--study", "components", "--max_steps", 3, "--output", study.folder / "elsewhere")
     assert not (study.folder / "elsewhere").exists()
     with pytest.raises(ValueError, match="another tasks"):
@@ -173,14 +167,6 @@ def test_every_variant_is_a_model_that_trains(backbone_dir):
     assert {row.variant for row in rows if not row.variant.startswith(ablation.ENCODER)} == set(ablation.VARIANTS)
 
 
-def test_other_encoders_have_rows_of_their_own():
-    runs = {"encoder:mine": {1: {}}, "encoder:gte-small": {1: {}}, "default": {1: {}}}
-    assert [row.label for row in ablation.rows_of("encoders", runs)][-1] == "mine"
-    assert ablation.rows_of("tokens", runs) == ablation.STUDIES["tokens"][1]
-    args = SimpleNamespace(study=["encoders"], icl=None, encoders={"mine": "folder"})
-    assert ablation.wanted(args) == ["default", "last_token", "token_prepending", "encoder:mine"]
-
-
 @pytest.mark.parametrize(
     "flags, told",
     [
@@ -199,19 +185,5 @@ def test_arguments_that_cannot_work(flags, told, capsys):
 def test_a_recipe_that_joins_no_backbones(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "runs/words/model"}))
     args = ablation.parse_args(["--recipe", str(tmp_path / "recipe.json"), "--data_dir", "x"])
-    with pytest.raises(ValueError, match=r"joins an encoder and a decoder, got \['model'\]"):
+    with pytest.raises(ValueError, match=r"\['model'\]"):
         ablation.base_recipe(args)
-
-
-def test_nothing_to_draw(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished run"):
-        ablation.main(["--redraw", "--output", str(tmp_path)])
-
-
-def test_what_no_task_tells_is_left_empty():
-    """Neither retrieval for the noise test nor a task that two variants share."""
-    run = {"scores": {"STS16": 50.0}, "noisy": {"STS16": 40.0}, "types": {"STS16": "STS"}}
-    runs = {"default": {1: run}, "eos": {1: {**run, "scores": {"SciFact": 30.0}}}}
-    line = next(line for line in ablation.noise_table(runs).splitlines() if line.startswith("| default"))
-    assert line.startswith("| default | 50.00 | 40.00 | -10.00 |  | 65.85")
-    assert "| EOS only | not run | 0 |" in ablation.study_table("pooling", runs)

@@ -37,55 +37,33 @@ def run(saved_dir, tmp_path_factory):
 
 
 class TestRun:
-    def test_json_is_the_results(self, run):
+    def test_results(self, run):
         folder, results = run
         assert json.loads((folder / "tiny.json").read_text()) == results
-
-    def test_precision(self, run):
-        precision = run[1]["precision"]
+        precision = results["precision"]
         assert precision["float32"]["cosine"] > 0.99999 > precision["bfloat16"]["cosine"] > 0.99
         assert all(values["short texts per second"] > 0 for values in precision.values())
-        assert "| bfloat16 |" in (run[0] / "tiny.md").read_text()
+        for row in results["ratios"]:
+            assert row["met"] == (row["value"] >= row["target"] if row["at_least"] else row["value"] <= row["target"])
+        assert len(results["ratios"]) == 4 + 1 + 1 + 2
 
     def test_methods(self, run):
         methods = run[1]["tasks"]["STS12"]["methods"]
-        assert list(methods) == [
-            "last-token",
-            "bidirectional mean",
-            "echo",
-            "bge-en-icl",
-            "causal2vec",
-            "causal2vec shared",
-            "causal2vec examples",
-            "causal2vec examples shared",
-        ]
+        assert len(methods) == 8
         tokens = {name: method["tokens_per_text"] for name, method in methods.items()}
         assert tokens["causal2vec shared"] == tokens["causal2vec examples shared"] < tokens["last-token"]
         assert tokens["last-token"] < tokens["echo"] and tokens["causal2vec"] < tokens["causal2vec examples"]
         assert all(method["gflops_per_text"] > 0 and method["ms_per_text"] > 0 for method in methods.values())
         assert methods["causal2vec shared"]["gflops_per_text"] < methods["causal2vec"]["gflops_per_text"]
 
-    def test_every_target_is_reported(self, run):
-        ratios = run[1]["ratios"]
-        assert len(ratios) == 4 + 1 + 1 + 2
-        for row in ratios:
-            assert row["met"] == (row["value"] >= row["target"] if row["at_least"] else row["value"] <= row["target"])
-
-    def test_files(self, run):
-        folder, _ = run
-        table = (folder / "tiny.md").read_text()
-        assert "| causal2vec examples shared |" in table and "one query" in table
-        for name in ("tiny-methods.png", "tiny-ratios.png"):
-            assert (folder / name).read_bytes().startswith(b"\x89PNG")
-
     def test_redraw(self, run):
         folder, results = run
-        table = (folder / "tiny.md").read_text()
-        (folder / "tiny.md").unlink()
-        (folder / "tiny-ratios.png").unlink()
+        drawn = [folder / name for name in ("tiny.md", "tiny-methods.png", "tiny-ratios.png")]
+        table = drawn[0].read_text()
+        for file in drawn:
+            file.unlink()
         assert bench.main(["--redraw", str(folder / "tiny.json")]) == results
-        assert (folder / "tiny.md").read_text() == table
-        assert (folder / "tiny-ratios.png").exists()
+        assert drawn[0].read_text() == table and all(file.stat().st_size > 100 for file in drawn)
 
 
 def test_vectors_that_differ_stop_it():

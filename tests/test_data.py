@@ -1,4 +1,4 @@
-"""Rows of every layout, broken rows, single-dataset batches, in-context examples."""
+"""training/data.py: rows of every layout, broken rows, single-dataset batches, in-context examples."""
 
 import codecs
 import gzip
@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import write_rows
 
 from training.data import (
     BadRow,
@@ -177,7 +178,7 @@ def test_files_become_memory_mapped_rows(tmp_path):
     import datasets
 
     rows = rows_of("x", 5, 2)
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "x.jsonl", rows)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
     for name in ("x.jsonl", "x.parquet"):
         loaded = load_rows(DatasetSpec("x", name, ["find"]), str(tmp_path), str(tmp_path / "cache"))
@@ -188,15 +189,15 @@ def test_files_become_memory_mapped_rows(tmp_path):
 def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "x.jsonl"
     spec = DatasetSpec("x", "x.jsonl", ["find"])
-    path.write_text(json.dumps({"query": "old", "positive": "p"}) + "\n")
+    write_rows(path, [{"query": "old", "positive": "p"}])
     assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["old"]
-    path.write_text(json.dumps({"query": "newer", "positive": "p"}) + "\n")
+    write_rows(path, [{"query": "newer", "positive": "p"}])
     assert load_rows(spec, str(tmp_path), str(tmp_path / "cache"))["query"][:] == ["newer"]
 
 
 def test_a_file_beside_the_data_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here.jsonl").write_text(json.dumps({"query": "q", "positive": "p"}) + "\n")
+    write_rows(tmp_path / "here.jsonl", [{"query": "q", "positive": "p"}])
     spec = DatasetSpec("x", "here.jsonl", ["find"])
     assert load_rows(spec, "elsewhere", str(tmp_path / "cache"))["query"][:] == ["q"]
 
@@ -213,7 +214,7 @@ def test_data_files(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"name": "a", "path": "a.jsonl", "instructions": ["find"]}]))
     assert [spec.name for spec in read_data_file(str(path))] == ["a"]
-    with pytest.raises(ValueError, match=r"Unknown dataset \['b'\].*lists \['a'\]"):
+    with pytest.raises(ValueError, match=r"\['b'\].*\['a'\]"):
         read_data_file(str(path), ["b"])
     for entries, message in (
         ([], "at least one dataset"),
@@ -264,7 +265,7 @@ def test_instructions_alternate():
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match="'b' gives 16 rows per epoch, fewer than the 18"):
+    with pytest.raises(ValueError, match="'b'.* 16 .* 18"):
         SingleDatasetBatchSampler(training_data(), 18)
 
 
@@ -339,7 +340,7 @@ def streams(tmp_path, **counts):
         if name == "p":
             datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
         else:
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(tmp_path / f"{name}.jsonl", rows)
         instructions = [f"find {name}", f"similar {name}"]
         path = f"{name}.{'parquet' if name == 'p' else 'jsonl'}"
         specs.append(DatasetSpec(name, path, instructions, symmetric=instructions[1:]))
@@ -388,7 +389,7 @@ def test_examples_of_streamed_rows_come_from_their_batch(tmp_path):
 
 def test_a_stream_stops_where_it_must(tmp_path):
     data = TrainingData(*streams(tmp_path, a=3))
-    with pytest.raises(ValueError, match="'a' has 3 rows, fewer than the 4 of a global batch"):
+    with pytest.raises(ValueError, match="'a'.* 3 .* 4 "):
         list(StreamedBatches(data, batch_size=4))
     (tmp_path / "a.jsonl").write_text('{"query": "q", "positive": "p"}\n{"query": "q"}\n')
     with pytest.raises(BadRow, match="line 2: no positive"):

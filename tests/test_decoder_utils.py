@@ -9,7 +9,7 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, plain
+from conftest import TEXTS, gradients, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +77,7 @@ class TestGroups:
 
 class TestPacked:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_any_lengths_with_and_without_head(self, family, make_model, monkeypatch):
+    def test_any_lengths_with_and_without_prefix(self, family, make_model, monkeypatch):
         model = make_model(family)
         results = []
         monkeypatch.setattr(
@@ -163,15 +163,9 @@ class TestPacked:
 
     def test_gradients(self, model):
         batch = model.processor(TEXTS, INSTRUCTION, return_prefix_ids=True)
-        gradients = []
-        for packed in (False, True):
-            model.zero_grad()
-            embeddings = model(**batch, packed=packed).embeddings
-            weights = torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)
-            (embeddings * weights).sum().backward()
-            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        for name, gradient in gradients[0].items():
-            assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max()), name
+        plain, packed = (gradients(model, batch, packed=packed) for packed in (False, True))
+        for name, gradient in plain.items():
+            assert (packed[name] - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max()), name
 
     def test_other_attention_reads_padded_rows(self, make_model, caplog):
         model = make_model(decoder_kwargs={"attn_implementation": "eager"})

@@ -1,7 +1,9 @@
-"""The command line: passages, search, encode, and what users are told when something is wrong."""
+"""The command line: index, search, encode, and what users are told when something is wrong."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from scripts import embed
+from scripts import embed, index
+from serving.vectors import read_fingerprint
 
 
 TEXTS = [
@@ -30,6 +31,17 @@ def model_dir(tiny_model, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def other_dir(tiny_model, tmp_path_factory):
+    """A checkpoint with other weights."""
+    import copy
+
+    folder, other = tmp_path_factory.mktemp("embed") / "other", copy.deepcopy(tiny_model)
+    other.projector.linear_1.weight.data.mul_(-1)
+    other.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def loads(monkeypatch):
     """How often a model was loaded: a mistake in the files is found before."""
@@ -39,8 +51,18 @@ def loads(monkeypatch):
     return calls
 
 
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
+@pytest.fixture
+def splitter():
+    pytest.importorskip("semantic_text_splitter")
+
+
+@pytest.fixture
+def database(splitter):
+    pytest.importorskip("lancedb")
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
 
@@ -48,14 +70,25 @@ def write_rows(path: Path, rows: list) -> str:
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def error_of(argv: list[str], capsys) -> str:
-    """Runs a command that fails; returns the one line that it says, progress bars aside."""
-    assert embed.main(argv) == 2
+def told(captured) -> list[str]:
+    """What a command says beside its output, progress bars aside."""
+    return [line.removeprefix("embed: ") for line in captured.err.splitlines() if line.startswith("embed: ")]
+
+
+def run(argv: list[str], capsys, expected: int = 0) -> tuple[str, list[str]]:
+    """Output, and what is said beside it."""
+    capsys.readouterr()
+    assert embed.main(argv) == expected
     captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line and "Loading weights" not in line]
-    assert line.startswith("embed: error: ")
-    return line.removeprefix("embed: error: ")
+    assert "Traceback" not in captured.err
+    return captured.out, told(captured)
+
+
+def error_of(argv: list[str], capsys) -> str:
+    """The one line of a command that fails."""
+    output, (line,) = run(argv, capsys, 2)
+    assert output == "" and line.startswith("error: ")
+    return line.removeprefix("error: ")
 
 
 def hits(output: str) -> list[tuple[float, str]]:
@@ -64,145 +97,160 @@ def hits(output: str) -> list[tuple[float, str]]:
     return [(float(score), place) for score, place in found]
 
 
-# Passages
+# Search in files
 
 
-def test_plain_text_is_split_at_blank_lines():
-    assert list(embed.split_plain_text("\n\na\nb\n \t\nc\n")) == [(3, "a\nb"), (6, "c")]
-    assert list(embed.split_plain_text(" \n\n")) == []
+@pytest.fixture
+def two_files(tmp_path):
+    rows = [{"text": text} for text in TEXTS]
+    return [write_rows(tmp_path / "a.jsonl", rows), write(tmp_path / "b.md", "# A summit\n")]
 
 
-def test_long_paragraph_is_cut_behind_a_sentence_else_a_word_else_anywhere(monkeypatch):
-    monkeypatch.setattr(embed, "MAX_CHARS", 20)
-    assert list(embed.cut(1, "One two three. Four five. Six seven.")) == [
-        (1, "One two three."),
-        (1, "Four five. Six"),
-        (1, "seven."),
-    ]
-    assert list(embed.cut(1, "one two three four five six")) == [(1, "one two three four"), (1, "five six")]
-    assert list(embed.cut(1, "x" * 45)) == [(1, "x" * 20), (1, "x" * 20), (1, "x" * 5)]
-    assert list(embed.cut(1, "一二三四五六七八九十一二三。四五六七八九十")) == [
-        (1, "一二三四五六七八九十一二三。"),
-        (1, "四五六七八九十"),
-    ]
-    assert list(embed.cut(7, "first line here\nsecond line here\nthird")) == [
-        (7, "first line here"),
-        (8, "second line here"),
-        (9, "third"),
-    ]
+PLACES = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1)]
 
 
-@given(st.text(alphabet="ab .\n。", max_size=300), st.integers(1, 40))
-@settings(deadline=None)
-def test_cut_loses_nothing_but_white_space(text, limit):
-    limit_before, embed.MAX_CHARS = embed.MAX_CHARS, limit
-    try:
-        pieces = list(embed.cut(1, text))
-    finally:
-        embed.MAX_CHARS = limit_before
-    assert "".join("".join(piece.split()) for _, piece in pieces) == "".join(text.split())
-    assert all(0 < len(piece) <= limit for _, piece in pieces)
-
-
-def test_markdown_headings_lead_their_passages():
-    text = "intro\n\n# Title #\n## C#\npara one\nstill one\n\npara two\n### Next\npara three\n\n---\n\n# End\n"
-    assert list(embed.split_markdown(text)) == [
-        (1, "intro"),
-        (5, "Title\nC#\n\npara one\nstill one\n\npara two"),
-        (10, "Next\n\npara three"),
-        (14, "End"),
-    ]
-
-
-def test_markdown_section_is_divided_when_too_long(monkeypatch):
-    monkeypatch.setattr(embed, "MAX_CHARS", 30)
-    text = "# T\n\nfirst paragraph\n\nsecond\n\nthird paragraph that is long. And has two sentences.\n"
-    assert list(embed.split_markdown(text)) == [
-        (3, "T\n\nfirst paragraph\n\nsecond"),
-        (7, "T\n\nthird paragraph that is long."),
-        (7, "T\n\nAnd has two sentences."),
-    ]
-
-
-def test_markdown_code_block_stays_whole(monkeypatch):
-    monkeypatch.setattr(embed, "MAX_CHARS", 20)
-    code = "````python\n# not a heading\n\nx = 1  # and a long comment behind it\n```\n---\n````"
-    assert list(embed.split_markdown(f"Run:\n{code}\nafter")) == [(1, "Run:"), (2, code), (9, "after")]
-    assert list(embed.split_markdown("~~~\n# never closed\n\n```\n")) == [(1, "~~~\n# never closed\n\n```\n")]
-    assert list(embed.split_markdown("```a``` is inline\n# B\nc")) == [(1, "```a``` is inline"), (3, "B\n\nc")]
-
-
-def test_markdown_front_matter_is_dropped():
-    assert list(embed.split_markdown("---\nlicense: mit\n---\n# A\nb\n")) == [(5, "A\n\nb")]
-    assert list(embed.split_markdown("---\nlicense: mit\n")) == [(2, "license: mit")]  # a rule, not front matter
-    assert list(embed.split_markdown("")) == list(embed.split_markdown("---\na: b\n---\n")) == []
-
-
-def test_line_ends_and_byte_order_mark(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\rthree")
-    assert embed.read_passages([str(path)], "text") == [(str(path), 1, "one"), (str(path), 3, "two\nthree")]
-
-
-def test_jsonl_rows(tmp_path):
-    rows = [
-        {"text": "a\u2028b"},
-        {"title": "T", "text": "b"},
-        {"title": "", "text": "c"},
-        {"title": None, "text": "\ud800"},
-    ]
-    path = write_rows(tmp_path / "a.jsonl", rows + [{"text": " "}])
-    assert [(line, text) for _, line, text in embed.read_passages([path], "text")] == [
-        (1, "a\u2028b"),
-        (2, "T\nb"),
-        (3, "c"),
-        (4, "\ufffd"),
-    ]
-    path = write(tmp_path / "b.jsonl", '\n{"title": "x", "text": "y", "body": "z"}\n')
-    assert list(embed.read_rows(path, "title")) == [(2, "x")]
-    assert list(embed.read_rows(path, "body")) == [(2, "x\nz")]
-
-
-# Search
-
-
-def test_search_prints_what_encode_finds(tmp_path, model_dir, tiny_model, capsys):
-    files = [write(tmp_path / "a.txt", "\n\n".join(TEXTS)), write_rows(tmp_path / "b.jsonl", [{"text": "a summit"}])]
-    query = "What is a summit?"
-    scores = tiny_model.encode_document([*TEXTS, "a summit"]) @ tiny_model.encode_query(query)
-    places = [f"{files[0]}:{line}" for line in (1, 3, 5, 7)] + [f"{files[1]}:1"]
-    expected = [(scores[i], places[i]) for i in np.argsort(-scores)]
+def test_search_prints_what_encode_finds(splitter, two_files, model_dir, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(embed, "BATCH", 2)  # the best are found over several batches
+    query, texts = "What is a summit?", [*TEXTS, "# A summit"]
+    scores = tiny_model.encode_document(texts) @ tiny_model.encode_query(query)
+    expected = [(scores[i], f"{two_files[PLACES[i][0]]}:{PLACES[i][1]}") for i in np.argsort(-scores)]
     assert np.ptp(scores) > 0.01  # the order says something
 
-    assert embed.main(["search", query, *files, "--model", model_dir]) == 0
-    output = capsys.readouterr().out
+    output, _ = run(["search", query, *two_files, "--model", model_dir], capsys)
     assert [place for _, place in hits(output)] == [place for _, place in expected]
     assert [score for score, _ in hits(output)] == pytest.approx([score for score, _ in expected], abs=6e-5)
-    assert all(text in output for text in TEXTS)
+    assert all(text in output for text in texts)
+
+    command = ["search", query, str(Path(two_files[0]).parent), "--model", model_dir, "--json", "--top_k", "3"]
+    answer = json.loads(run(command, capsys)[0])  # of the folder, and one line of JSON
+    assert answer["query"] == query
+    assert [hit["score"] for hit in answer["hits"]] == pytest.approx(sorted(scores, reverse=True)[:3], abs=2e-6)
+    assert [f"{hit['path']}:{hit['line']}" for hit in answer["hits"]] == [place for _, place in expected[:3]]
+    assert all(hit["text"] in texts and hit["page"] is None for hit in answer["hits"])
 
 
-def test_search_arguments_reach_the_model(tmp_path, model_dir, tiny_model, capsys):
-    path = write(tmp_path / "a.txt", "\n\n".join(TEXTS))
-    command = ["search", TEXTS[3], path, "--model", model_dir]
+def test_search_arguments_reach_the_model(splitter, two_files, model_dir, tiny_model, capsys):
+    command = ["search", TEXTS[3], two_files[0], "--model", model_dir]
+    output, _ = run([*command, "--instruction", "", "--top_k", "1"], capsys)
+    assert hits(output) == [(1.0, f"{two_files[0]}:4")]  # without an instruction the text finds itself
 
-    assert embed.main([*command, "--instruction", "", "--top_k", "1"]) == 0
-    assert hits(capsys.readouterr().out) == [(1.0, f"{path}:7")]  # without an instruction the text finds itself
-
-    assert embed.main([*command, "--instruction", "Find a pangram", "--max_length", "24", "--batch_size", "1"]) == 0
-    query = tiny_model.encode(TEXTS[3], instruction="Find a pangram", max_length=24)
-    expected = tiny_model.encode(TEXTS, max_length=24) @ query
-    assert not np.allclose(expected, tiny_model.encode(TEXTS) @ query, atol=1e-3)  # the limit cuts something
-    found = [score for score, _ in hits(capsys.readouterr().out)]
-    assert found == pytest.approx(sorted(expected, reverse=True), abs=6e-5)
+    output, _ = run([*command, "--instruction", "Find a pangram", "--max_length", "100", "--batch_size", "1"], capsys)
+    expected = tiny_model.encode(TEXTS) @ tiny_model.encode(TEXTS[3], instruction="Find a pangram")
+    assert [score for score, _ in hits(output)] == pytest.approx(sorted(expected, reverse=True), abs=6e-5)
 
 
-def test_search_shortens_and_cleans_what_it_prints(tmp_path, model_dir, capsys, monkeypatch):
+def test_search_shortens_and_cleans_what_it_prints(splitter, tmp_path, model_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    path = write(tmp_path / "a.txt", "\x1b[31mred " + "word " * 150)
-    assert embed.main(["search", "red", path, "--model", model_dir]) == 0
-    lines = capsys.readouterr().out.rstrip().splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embed, "default_tokens", lambda limits: 4000)
+    write(tmp_path / "a.txt", "\x1b[31mred " + "word " * 100)
+    lines = run(["search", "red", "a.txt", "--model", model_dir], capsys)[0].rstrip().splitlines()
+    assert lines[0].endswith("  a.txt:1")  # within the working directory, paths are relative
     assert len(lines) == 5 and lines[1].strip().startswith("[31mred word") and lines[-1].endswith(" ...")
     assert max(map(len, lines[1:])) <= 60 and "\x1b" not in "".join(lines)
+
+
+def test_search_names_what_it_cannot_read_and_searches_the_rest(splitter, tmp_path, model_dir, capsys, loads):
+    write(tmp_path / "a.txt", "alpha")
+    write(tmp_path / "latin.txt", "naïve".encode("latin-1"))
+    write(tmp_path / "empty.md", "")
+    write(tmp_path / "picture.png", b"\0")
+    bad, binary = write_rows(tmp_path / "bad.jsonl", [{"text": 1}]), write(tmp_path / "binary.txt", b"\0" * 99)
+    output, lines = run(["search", "q", str(tmp_path), "--model", model_dir], capsys, 2)
+    assert {Path(place).name for _, place in hits(output)} == {"a.txt:1", "latin.txt:1"}
+    assert lines == [
+        f"not UTF-8, so read as Windows-1252: {tmp_path / 'latin.txt'}",
+        "passed over: 1 of other kinds",
+        f"{binary} is no text: it has too many NUL bytes.",
+        f"{bad}:1 must have a string under 'text', got 1. Name another column with --text_column.",
+        "error: 2 files could not be read; all others were.",
+    ]
+    loads.clear()
+    assert error_of(["search", "q", binary], capsys) == f"{binary} is no text: it has too many NUL bytes."
+    empty = str(tmp_path / "empty.md")
+    assert error_of(["search", "q", str(tmp_path / "gone.md")], capsys).startswith("There is no file or folder ")
+    assert loads == []
+    assert error_of(["search", "q", empty, "--model", model_dir], capsys) == f"There is no text in {empty}."
+
+
+def test_where_to_search_must_be_said(capsys, loads):
+    expected = "Say where to look: files and folders, or an index by --db, and not both."
+    assert error_of(["search", "q"], capsys) == expected
+    assert error_of(["search", "q", "a.txt", "--db", "my.lance"], capsys) == expected
+    for command in (["search", "q", "a.txt", "--hybrid"], ["search", "-", "a.txt"]):
+        assert error_of(command, capsys).startswith("--hybrid and queries from standard input need an index")
+    assert loads == []
+
+
+# Indexes
+
+
+def test_an_index_is_searched_as_its_files_are(database, two_files, tmp_path, model_dir, capsys, monkeypatch):
+    (tmp_path / "db").mkdir()
+    db = ["--db", str(tmp_path / "db" / "my.lance"), "--model", model_dir]
+    output, lines = run(["index", *two_files, *db], capsys)
+    assert "5 passages. 2 files new or changed, with 5 passages embedded; 0 gone; 0 as before." in output and not lines
+    output, _ = run(["index", *two_files, *db], capsys)
+    assert "5 passages. 0 files new or changed, with 0 passages embedded; 0 gone; 2 as before." in output
+
+    query = "What is a summit?"
+    files, _ = run(["search", query, *two_files, "--model", model_dir, "--json"], capsys)
+    found, _ = run(["search", query, *db, "--json"], capsys)
+    for hit, expected in zip(json.loads(found)["hits"], json.loads(files)["hits"], strict=True):
+        assert hit.pop("score") == pytest.approx(expected.pop("score"), abs=2e-6) and hit == expected
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{query}\n\nmuscle\n"))
+    answers = run(["search", "-", *db, "--json", "--top_k", "2", "--hybrid"], capsys)[0].splitlines()
+    assert [json.loads(answer)["query"] for answer in answers] == [query, "muscle"]
+    assert any(hit["text"] == TEXTS[0] for hit in json.loads(answers[1])["hits"])
+
+    Path(two_files[1]).unlink()
+    Path(two_files[0]).write_bytes(b'{"text": "hi"}\n')
+    output, _ = run(["index", str(tmp_path), *db], capsys)
+    assert "1 passages. 1 files new or changed, with 1 passages embedded; 1 gone; 0 as before." in output
+
+
+def test_an_index_refuses_other_vectors(database, two_files, tmp_path, model_dir, other_dir, capsys):
+    db = ["--db", str(tmp_path / "my.lance")]
+    run(["index", two_files[0], *db, "--model", model_dir, "--truncate_dim", "16", "--instruction", "Find"], capsys)
+    for command in (["index", two_files[0], "--truncate_dim", "16", "--instruction", "Find"], ["search", "q"]):
+        error = error_of([*command, *db, "--model", other_dir], capsys)
+        assert "my.lance differs from what is compared with them in weights. Use the same model" in error
+    error = error_of(["index", two_files[0], *db, "--model", model_dir], capsys)
+    assert "instruction ('Find' there, None here), dimensions (16 there, 64 here). Use the same arguments" in error
+    same = [*db, "--model", model_dir, "--truncate_dim", "16", "--instruction", "Find"]
+    assert "Another --db can have others." in error_of(["index", two_files[0], *same, "--passage_tokens", "7"], capsys)
+    output, _ = run(["search", TEXTS[1], *db, "--model", model_dir, "--instruction", "Find", "--top_k", "1"], capsys)
+    assert hits(output) == [(1.0, f"{two_files[0]}:2")]  # the query has the size of the vectors
+
+
+def test_index_names_what_it_cannot_read_and_keeps_the_rest(database, tmp_path, model_dir, capsys):
+    docs, db = tmp_path / "docs", ["--db", str(tmp_path / "my.lance"), "--model", model_dir]
+    docs.mkdir()
+    write(docs / "a.txt", "alpha")
+    write(docs / "b.txt", " ")
+    bad = write_rows(docs / "bad.jsonl", [{"text": "fine"}, {"text": None}])
+    output, lines = run(["index", str(docs), *db], capsys, 2)
+    assert "1 passages. 2 files new or changed, with 1 passages embedded; 0 gone; 0 as before." in output
+    assert lines == [
+        "passed over: 1 without text",
+        f"error: {bad}:2 must have a string under 'text', got None. Name another column with --text_column.",
+    ]
+    write_rows(Path(bad), [{"text": "fine"}])
+    output, _ = run(["index", str(docs), *db], capsys)
+    assert "2 passages. 1 files new or changed, with 1 passages embedded; 0 gone; 2 as before." in output
+
+
+def test_bad_indexes(tmp_path, capsys, loads, monkeypatch):
+    path = write(tmp_path / "a.txt", "a")
+    expected = "An index must be a folder NAME.lance within a folder that is there, got my.db."
+    assert error_of(["index", path, "--db", "my.db"], capsys) == expected
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    for command in (["search", "q"], ["index", path]):
+        there = tmp_path / "my.lance"
+        there.mkdir(exist_ok=True)
+        assert error_of([*command, "--db", str(there)], capsys) == 'Indexes need lancedb: pip install "lancedb"'
+    assert loads == []
 
 
 # Encode
@@ -211,39 +259,93 @@ def test_search_shortens_and_cleans_what_it_prints(tmp_path, model_dir, capsys, 
 def test_encode_writes_npy(tmp_path, model_dir, tiny_model, capsys):
     texts = ["one", "", "two words", " three"]
     path, output = write(tmp_path / "a.txt", "\n".join(texts) + "\n"), tmp_path / "a.npy"
-    assert embed.main(["encode", path, "-o", str(output), "--model", model_dir]) == 0
+    assert run(["encode", path, "-o", str(output), "--model", model_dir], capsys) == (
+        f"Wrote 4 vectors of 64 numbers to {output}\n",
+        [],
+    )
     vectors = np.load(output)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, tiny_model.encode(texts), atol=1e-6)
-    assert capsys.readouterr().out == f"Wrote 4 vectors of 64 numbers to {output}\n"
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "a.npy", tmp_path / "a.txt"]
+    assert read_fingerprint(output) == tiny_model.fingerprint()
+    assert {each.name for each in tmp_path.iterdir()} == {"a.npy", "a.npy.json", "a.txt"}
 
-    arguments = [
-        "--instruction",
-        "Do",
-        "--truncate_dim",
-        "6",
-        "--no-normalize",
-        "--max_length",
-        "12",
-        "--batch_size",
-        "3",
-    ]
-    assert embed.main(["encode", path, "-o", str(output), "--model", model_dir, *arguments]) == 0
-    expected = tiny_model.encode(texts, instruction="Do", truncate_dim=6, normalize_embeddings=False, max_length=12)
+    options = "--instruction Do --truncate_dim 6 --no-normalize --max_length 12 --batch_size 3".split()
+    run(["encode", path, "-o", str(output), "--model", model_dir, *options], capsys)
+    values = dict(instruction="Do", truncate_dim=6, normalize_embeddings=False, max_length=12)
+    expected = tiny_model.encode(texts, **values)
     assert not np.allclose(np.linalg.norm(expected, axis=-1), 1, atol=0.1)
     np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
+    assert read_fingerprint(output) == tiny_model.fingerprint(**values)
 
 
-def test_encode_writes_parquet(tmp_path, model_dir, tiny_model):
+def test_encode_keeps_columns_and_takes_any_table(tmp_path, model_dir, tiny_model, capsys, monkeypatch):
     pq = pytest.importorskip("pyarrow.parquet")
-    path = write_rows(tmp_path / "a.jsonl", [{"body": text} for text in ("one", "zwei 🙂", "", "\ud800")])
-    output = tmp_path / "a.parquet"
-    assert embed.main(["encode", path, "-o", str(output), "--text_column", "body", "--model", model_dir]) == 0
-    table = pq.read_table(output)
     texts = ["one", "zwei 🙂", "", "\ufffd"]
-    assert table.column_names == ["text", "embedding"] and table["text"].to_pylist() == texts
-    np.testing.assert_allclose(table["embedding"].to_pylist(), tiny_model.encode(texts), atol=1e-6)
+    rows = [{"id": i, "body": text} for i, text in enumerate([*texts[:3], "\ud800"])]
+    path, output = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"
+    options = ["--text_column", "body", "--model", model_dir]
+    run(["encode", path, "-o", str(output), *options], capsys)
+    table, expected = pq.read_table(output), tiny_model.encode(texts)
+    assert table.drop(["embedding"]).to_pydict() == {"id": [0, 1, 2, 3], "body": texts}
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=1e-6)
+    assert read_fingerprint(output) == tiny_model.fingerprint()
+
+    again = ["encode", str(output), "-o", str(tmp_path / "b.parquet"), *options]
+    assert "has a column 'embedding' already: name another --embedding_column" in error_of(again, capsys)
+    run([*again, "--embedding_column", "half", "--precision", "float16"], capsys)
+    table = pq.read_table(tmp_path / "b.parquet")
+    assert table.column_names == ["id", "body", "embedding", "half"]
+    np.testing.assert_allclose(table["half"].to_pylist(), expected, atol=1e-3)
+
+    csv = "body,id\r\n" + "\r\n".join(f"{text},{i}" for i, text in enumerate(texts))
+    with open(write(tmp_path / "in", csv)) as standard_input, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", standard_input)
+        run(["encode", "-", "--format", "csv", "-o", str(tmp_path / "c.npy"), *options], capsys)
+    np.testing.assert_allclose(np.load(tmp_path / "c.npy"), expected, atol=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+from scripts import embed, index
+embed.BATCH = index.BATCH = 2
+add, write = index.Update.write, embed.Parts.write
+def killed(job, times=[]):
+    def do(*args):
+        job(*args)
+        times.append(1)
+        if len(times) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return do
+index.Update.write, embed.Parts.write = killed(add), killed(write)
+embed.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["index", "encode"])
+def test_what_was_killed_goes_on(tmp_path, model_dir, tiny_model, capsys, monkeypatch, command):
+    """With two of four batches written."""
+    pytest.importorskip("pyarrow" if command == "encode" else "lancedb")
+    pytest.importorskip("semantic_text_splitter" if command == "index" else "pyarrow")
+    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(index, "BATCH", 2)
+    texts = [f"text {i} {TEXTS[i % 4]}" for i in range(8)]
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    argv = [command, path, "--model", model_dir, "-o", str(tmp_path / "a.parquet")]
+    if command == "index":
+        argv[-2:] = ["--db", str(tmp_path / "my.lance"), "--passage_tokens", "200"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    output, _ = run(argv, capsys)
+    if command == "encode":
+        import pyarrow.parquet as pq
+
+        assert output == f"Wrote 8 vectors of 64 numbers to {tmp_path / 'a.parquet'}, 4 of them from before\n"
+        found, name = pq.read_table(tmp_path / "a.parquet"), "embedding"
+    else:
+        assert "8 passages. 1 files new or changed, with 4 passages embedded" in output
+        found, name = index.Index(str(tmp_path / "my.lance")).table.to_arrow(), "vector"
+    assert found["text"].to_pylist() == texts
+    np.testing.assert_allclose(found[name].to_pylist(), tiny_model.encode(texts), atol=1e-5)
 
 
 def test_dtype_reaches_the_model(tmp_path, model_dir, tiny_model):
@@ -254,122 +356,53 @@ def test_dtype_reaches_the_model(tmp_path, model_dir, tiny_model):
     assert (vectors * expected).sum(-1) == pytest.approx(1, abs=0.01)
 
 
-def test_a_failing_write_leaves_the_old_output(tmp_path, model_dir, monkeypatch, capsys):
-    path, output = write(tmp_path / "a.txt", "one\ntwo\n"), tmp_path / "a.npy"
-    output.write_bytes(b"old")
-
-    def fail(*args):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("os.replace", fail)
-    error = error_of(["encode", path, "-o", str(output), "--model", model_dir], capsys)
-    assert error == f"Cannot write {output}: Input/output error."
-    assert output.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [output, tmp_path / "a.txt"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_a_full_disk_is_told_with_the_file(tmp_path, model_dir, capsys, suffix):
-    pytest.importorskip("pyarrow")
-    path, output = write(tmp_path / "a.txt", "one\ntwo\n"), tmp_path / f"a.{suffix}"
-    output.write_bytes(b"old")
-    (tmp_path / f".a.{suffix}.{os.getpid()}.tmp").symlink_to("/dev/full")
-    error = error_of(["encode", path, "-o", str(output), "--model", model_dir], capsys)
-    assert error == f"Cannot write {output}: No space left on device."
-    assert output.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [output, tmp_path / "a.txt"]
-
-
-def test_what_was_cut_is_told(tmp_path, model_dir, capsys):
+def test_what_was_cut_is_told(splitter, tmp_path, model_dir, capsys):
     path = write(tmp_path / "a.txt", "one\n" + "word " * 30 + "\nthree\n")
-    assert embed.main(["encode", path, "-o", str(tmp_path / "a.npy"), "--model", model_dir]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed: ")]
+    _, (line,) = run(["encode", path, "-o", str(tmp_path / "a.npy"), "--model", model_dir], capsys)
     assert "1 of 3 texts" in line and "1 by the encoder (at 40 tokens)" in line and "decoder" not in line
-    assert embed.main(["search", "word " * 30, path, "--max_length", "60", "--model", model_dir]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed: ")]
-    assert "2 of 2 texts" in line and "2 by the decoder (at 60 tokens)" in line
+    _, (line,) = run(["search", "word " * 30, path, "--max_length", "60", "--model", model_dir], capsys)
+    assert "by the decoder (at 60 tokens)" in line
 
 
 # What users are told
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("gone.txt", None, "There is no file {path}."),
-        ("a.pdf", b"a", "{path} must end in one of .txt, .md, .markdown, .jsonl: the suffix tells how to read it."),
-        ("a.txt", b"", "No passages in {path}: it holds no text. Leave it out, or fill it."),
-        ("a.md", b"---\na: b\n---\n", "No passages in {path}: it holds no text. Leave it out, or fill it."),
-        ("a.jsonl", b'{"text": ""}\n', "No passages in {path}: it holds no text. Leave it out, or fill it."),
-        (
-            "a.txt",
-            b"ab\xe9",
-            "{path} must be UTF-8 text, got byte 0xe9 at offset 2. Convert it, for example with iconv.",
-        ),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\n{"text": "b"\n',
-            "{path}:3 must be a JSON object on one line, got '{{\"text\": \"b\"': Expecting ',' delimiter: line 1 column 13 "
-            "(char 12)",
-        ),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"text": 1}\n',
-            "{path}:2 must be an object with a string under 'text', got '{{\"text\": 1}}'. Name another field with "
-            "--text_column.",
-        ),
-        (
-            "a.jsonl",
-            b'["text"]\n',
-            "{path}:1 must be an object with a string under 'text', got '[\"text\"]'. Name another field with "
-            "--text_column.",
-        ),
-    ],
-)
-def test_bad_input_files(tmp_path, capsys, loads, name, content, expected):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    good = write(tmp_path / "good.txt", "fine")
-    assert error_of(["search", "q", good, str(path)], capsys) == expected.format(path=path)
-    assert loads == []
-
-
-def test_unreadable_input(tmp_path, capsys):
-    (tmp_path / "folder.txt").mkdir()
-    path = str(tmp_path / "folder.txt")
-    assert error_of(["search", "q", path], capsys) == f"Cannot read {path}: Is a directory."
-
-
-def test_bad_outputs(tmp_path, capsys, monkeypatch, loads):
-    path = write(tmp_path / "a.txt", "one")
-    assert error_of(["encode", path, "-o", "a.csv"], capsys) == "--output must end in .npy or .parquet, got a.csv."
-    output = tmp_path / "gone" / "a.npy"
-    expected = f"There is no folder {output.parent} for {output}; make it first."
-    assert error_of(["encode", path, "-o", str(output)], capsys) == expected
-    (tmp_path / "folder.npy").mkdir()
-    expected = f"--output must be a file, and {tmp_path / 'folder.npy'} is a folder."
-    assert error_of(["encode", path, "-o", str(tmp_path / "folder.npy")], capsys) == expected
-    output = tmp_path / ("a" * 250 + ".npy")
-    assert error_of(["encode", path, "-o", str(output)], capsys) == f"Cannot write {output}: File name too long."
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    expected = "A .parquet output needs pyarrow: pip install pyarrow, or write .npy."
-    assert error_of(["encode", path, "-o", str(tmp_path / "a.parquet")], capsys) == expected
-    assert loads == []
-
-
 def test_bad_encode_inputs(tmp_path, capsys, loads):
     output = tmp_path / "a.npy"
     output.write_bytes(b"old")
-    path = write(tmp_path / "a.md", "# A")
-    expected = f"{path} must end in one of .txt, .jsonl: the suffix tells how to read it."
-    assert error_of(["encode", path, "-o", str(output)], capsys) == expected
-    path = write(tmp_path / "a.txt", " \n\n")
-    assert error_of(["encode", path, "-o", str(output)], capsys) == f"No texts in {path}: it is empty."
+    for path, expected in {
+        str(tmp_path / "gone.txt"): "There is no file {}.",
+        str(tmp_path): "There is no file {}.",
+        write(
+            tmp_path / "a.md", "# A"
+        ): "{} must end in one of .txt, .jsonl, .ndjson, .csv, .tsv, .parquet, or --format say what it is.",
+        write(tmp_path / "a.txt", ""): "No texts in {}: it is empty.",
+        write(tmp_path / "a.csv", "text\n"): "No texts in {}: it is empty.",
+        write_rows(
+            tmp_path / "b.jsonl", [{"text": "a"}, {"text": 1}]
+        ): "{}:2 must have a string under 'text', got 1. Name another column with --text_column.",
+    }.items():
+        assert error_of(["encode", path, "-o", str(output)], capsys) == expected.format(path)
+    good = write(tmp_path / "good.txt", "one")
+    assert error_of(["encode", good, "-o", "a.csv"], capsys).startswith(
+        "--output must end in one of .parquet, .npy, .lance"
+    )
     assert loads == [] and output.read_bytes() == b"old"
 
 
+def test_an_error_late_in_a_file_keeps_what_was_encoded(tmp_path, model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(embed, "BATCH", 2)
+    path, output = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}, {"text": None}]), tmp_path / "a.npy"
+    command = ["encode", path, "-o", str(output), "--model", model_dir]
+    assert error_of(command, capsys).startswith(f"{path}:3 must have a string under 'text', got None.")
+    assert not output.exists()
+    write_rows(Path(path), [{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    assert run(command, capsys)[0].endswith("a.npy, 2 of them from before\n")
+    assert np.load(output).shape == (3, 64)
+
+
 def test_bad_models(tmp_path, capsys, backbone_dir):
-    command = ["search", "q", write(tmp_path / "a.txt", "one"), "--model"]
+    command = ["encode", write(tmp_path / "a.txt", "one"), "-o", str(tmp_path / "a.npy"), "--model"]
     bert, gone, empty = backbone_dir("bert"), str(tmp_path / "gone"), tmp_path / "empty"
     empty.mkdir()
     expected = "The model must be a Causal2Vec checkpoint; {} has {}."
@@ -384,8 +417,11 @@ def test_values_that_the_model_refuses(tmp_path, capsys, model_dir, loads):
     assert "`truncate_dim` must be an integer between 1 and 64, got 65" in error_of(
         [*command, "--truncate_dim", "65"], capsys
     )
+    assert "Binary vectors need a multiple of 8" in error_of(
+        [*command, "--truncate_dim", "6", "--precision", "binary"], capsys
+    )
     assert "max_length=2 leaves no room for text" in error_of([*command, "--max_length", "2"], capsys)
-    assert loads == [(model_dir, "float32")] * 2 and not Path(output).exists()
+    assert loads == [(model_dir, "float32", None)] * 3 and not Path(output).exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
@@ -398,9 +434,9 @@ def test_numbers_must_be_positive(option, value, capsys):
 
 
 @pytest.mark.parametrize("lines", [1, 50])
-def test_a_reader_that_has_gone_ends_it_in_silence(tmp_path, model_dir, monkeypatch, capsys, lines):
+def test_a_reader_that_has_gone_ends_it_in_silence(splitter, tmp_path, model_dir, monkeypatch, capsys, lines):
     """As of `search ... | head -1`: told when the output is written, or flushed at the end."""
-    path = write(tmp_path / "a.txt", "\n\n".join(f"text {i} " * 50 for i in range(lines)))
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"text {i} " * 9} for i in range(lines)])
     reading, writing = os.pipe()
     os.close(reading)
     with monkeypatch.context() as patch, os.fdopen(writing, "w") as output:
@@ -418,18 +454,3 @@ def test_an_interrupt_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     assert embed.main(["encode", write(tmp_path / "a.txt", "one"), "-o", str(output)]) == 130
     assert capsys.readouterr().err == "embed: interrupted\n"
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
-
-
-def test_every_argument_has_help():
-    parser = embed.build_parser()
-    commands = parser._subparsers._group_actions[0].choices
-    assert set(commands) == {"search", "encode"}
-    assert all(action.help for command in commands.values() for action in command._actions)
-
-
-def test_help_needs_nothing_installed():
-    """So nothing heavy is imported before it is used: -S hides site-packages."""
-    command = [sys.executable, "-S", "-m", "scripts.embed", "--help"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "search" in run.stdout and "encode" in run.stdout

@@ -37,18 +37,6 @@ class TestEncode:
         assert tiny_model.encode([], instruction=[]).shape == (0, 64)
         assert tuple(tiny_model.encode(iter(()), convert_to_tensor=True).shape) == (0, 64)
 
-    def test_other_iterables(self, tiny_model):
-        expected = tiny_model.encode(TEXTS)
-        for texts in (tuple(TEXTS), (text for text in TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
-            assert difference(tiny_model.encode(texts), expected) <= SAME
-
-    @pytest.mark.parametrize("batch_size", [1, 3, 100])
-    def test_order_is_restored(self, tiny_model, batch_size):
-        assert sorted(TEXTS, key=len) not in (TEXTS, TEXTS[::-1])
-        vectors = tiny_model.encode(TEXTS, batch_size=batch_size)
-        for text, vector in zip(TEXTS, vectors):
-            assert difference(tiny_model.encode(text), vector) <= FP32_BOUND
-
     def test_equals_forward(self, tiny_model):
         raw = tiny_model.encode(TEXTS, normalize_embeddings=False)
         assert difference(raw, embed(tiny_model, tiny_model.processor(TEXTS))) <= FP32_BOUND

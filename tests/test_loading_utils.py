@@ -649,11 +649,6 @@ class TestJoining:
         assert model.config.decoder_config.vocab_size == 400
         assert model.config.contextual_token_id == 320
 
-    @pytest.mark.parametrize("token, use", [("</s>", "EOS"), ("<s>", "BOS"), ("<pad>", "padding"), ("Ġ", "text")])
-    def test_a_contextual_token_that_has_another_use(self, make_model, token, use):
-        with pytest.raises(ValueError, match=f"also used for {use}"):
-            make_model(contextual_token=token)
-
     def test_heads_are_left_behind(self, backbone_dir, tmp_path):
         torch.manual_seed(0)
         causal_lm = AutoModelForCausalLM.from_config(decoder_config("llama", 320))
@@ -713,7 +708,3 @@ class TestJoining:
             path.unlink()
         with pytest.raises(ValueError, match="encoder's tokenizer has no vocabulary"):
             Causal2VecModel.from_encoder_decoder_pretrained(str(tmp_path), backbone_dir("llama"))
-
-    def test_no_eos(self, backbone_dir):
-        with pytest.raises(ValueError, match="no EOS token"):
-            Causal2VecModel.from_encoder_decoder_pretrained(backbone_dir("bert"), backbone_dir("bert"))

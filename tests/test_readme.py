@@ -27,6 +27,7 @@ DOCS = "\n".join(
 )
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATHS = ("path/to/clone", "path/to/this/folder", "path or id")  # what a reader replaces
+SERVER = "http://127.0.0.1:8000"  # what `python -m serving.server` says
 TRAINED = "runs/mine/model"  # what the commands of "Train on your own data" leave
 NUMBER = re.compile(r"-?\d+\.\d+|-?\d+")
 
@@ -64,7 +65,15 @@ def test_python_snippet(code, bundled_dir, request, tmp_path, monkeypatch):
         code = code.replace(TRAINED, str(request.getfixturevalue("clone") / TRAINED))
     monkeypatch.chdir(tmp_path)  # for what it writes
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.ExitStack() as stack:
+        if SERVER in code:
+            from app_server import running
+
+            from serving.server import create_app
+
+            app = create_app(request.getfixturevalue("bundled_model"), "causal2vec")
+            code = code.replace(SERVER, stack.enter_context(running(app)))
+        stack.enter_context(contextlib.redirect_stdout(output))
         exec(compile(code, "README.md", "exec"), {})
     told = printed_as_told(code)
     found, expected = ([float(number) for number in NUMBER.findall(text)] for text in (output.getvalue(), told))
@@ -100,7 +109,7 @@ def clone(bundled_dir, tmp_path_factory) -> Path:
 
 
 def test_files_are_searched_and_encoded(clone):
-    (block,) = [code for code in snippets("bash") if "scripts.embed search" in code]
+    (block,) = [code for code in snippets("bash") if "scripts.embed search" in code and "--db" not in code]
     (clone / "texts.txt").write_text("one\ntwo\n", encoding="utf-8")
     told = run_bash("\n".join(line for line in block.splitlines() if line.startswith("python")), clone)
     assert "README.md" in told

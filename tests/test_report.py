@@ -1,13 +1,11 @@
-"""Means, comparisons and figures, from numbers that can be checked by hand."""
+"""evaluation/report.py: means and comparisons, from numbers that can be checked by hand."""
 
 import json
 
 import pytest
-from conftest import ROOT
+from eval_packs import write_result
 
-from evaluation import plots
 from evaluation.report import (
-    PAPER,
     TABLE_END,
     TABLE_START,
     benchmark_means,
@@ -15,7 +13,6 @@ from evaluation.report import (
     comparison_markdown,
     export,
     load_paper,
-    markdown_table,
     mean_over,
     read_run,
     replace_table,
@@ -26,44 +23,6 @@ from saving_utils import write_json
 
 
 pytest.importorskip("matplotlib")
-
-
-def write_result(folder, task, type_, score, in_benchmark=True, noise=None, finished=True, splits=("test",)):
-    result = f"results/m/r/{'noisy/' if noise else ''}{task}.json"
-    scores = {split: [{"main_score": score, "hf_subset": "default"}] for split in splits}
-    write_json(folder / result, {"scores": scores})
-    record = {
-        "task": task,
-        "type": type_,
-        "in_benchmark": in_benchmark,
-        "main_score": "spearman",
-        "splits": list(splits),
-        "data": "local-0123456789abcdef",
-        "noise": noise,
-        "result": result,
-        "finished": finished,
-    }
-    write_json(folder / "records" / f"{task}{'.noise' if noise else ''}.json", record)
-    write_json(folder / "settings.json", {"label": folder.name, "model": f"local/{folder.name}", "dtype": "fp32"})
-
-
-@pytest.fixture
-def two_runs(tmp_path):
-    """`a` has three tasks of MTEB and two others; `b` shares two of the former and one of the latter."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    write_result(a, "STS12", "STS", 0.5)
-    write_result(a, "STS13", "STS", 0.7)
-    write_result(a, "SciFact", "Retrieval", 0.3)
-    write_result(a, "X-One", "Clustering", 0.1, in_benchmark=False)
-    write_result(a, "X-Two", "STS", 0.2, in_benchmark=False)
-    write_result(b, "STS12", "STS", 0.6)
-    write_result(b, "SciFact", "Retrieval", 0.2)
-    write_result(b, "BIOSSES", "STS", 0.9)
-    write_result(b, "X-One", "Clustering", 0.15, in_benchmark=False)
-    return a, b
-
-
-# ------------------------------------------------------------------------------------------------------------ the paper
 
 
 def test_the_papers_averages_follow_from_its_scores():
@@ -102,11 +61,8 @@ def test_the_paper_has_every_task_in_one_category():
 
 
 def test_a_model_that_the_paper_does_not_have_is_an_error():
-    with pytest.raises(ValueError, match="no model 'GPT'; it has .*Mistral-7B"):
+    with pytest.raises(ValueError, match="'GPT'.*Mistral-7B"):
         read_run("paper:GPT")
-
-
-# -------------------------------------------------------------------------------------------------------------- one run
 
 
 def test_a_mean_over_some_of_its_tasks_says_so():
@@ -129,10 +85,8 @@ def test_summary_adds_up_and_keeps_other_tasks_apart(two_runs):
         "MTEB(eng, v1)": {"mean": 50.0, "tasks": 3, "of": 56, "complete": False},
         "MTEB-MINI": {"mean": pytest.approx((30 + 50 + 70) / 3), "tasks": 3, "of": 30, "complete": False},
     }
-    text = (a / "summary.md").read_text()
-    assert "| **MTEB(eng, v1)** | 3 of 56 tasks, partial | 50.00 |" in text
-    assert "Mean over these 2 tasks: 15.00." in text.split("## Other tasks (not MTEB)")[1]
-    assert "X-One" not in text.split("## Other tasks")[0]
+    benchmark, other = (a / "summary.md").read_text().split("## Other tasks")
+    assert "partial" in benchmark and "X-One" not in benchmark and "X-One" in other and "15.00" in other
 
 
 def test_summary_tells_of_texts_that_were_cut(two_runs):
@@ -142,8 +96,8 @@ def test_summary_tells_of_texts_that_were_cut(two_runs):
         file = a / "records" / f"{task}.json"
         write_json(file, {**json.loads(file.read_text()), "truncated": truncated})
     write_summary(a)
-    (line,) = [line for line in (a / "summary.md").read_text().splitlines() if "longer than the model reads" in line]
-    assert "STS12 3 of 20" in line and "3 by the decoder" in line and "1 by the encoder" in line and "X-" not in line
+    (line,) = [line for line in (a / "summary.md").read_text().splitlines() if "STS12 3 of 20" in line]
+    assert "3 by the decoder" in line and "1 by the encoder" in line and "X-" not in line
 
 
 def test_a_complete_benchmark_is_not_called_partial(tmp_path):
@@ -185,10 +139,6 @@ def test_drops_under_noise(two_runs):
         ("X-Two", 5.0),
         ("Mean over 2 tasks", 7.5),
     ]
-    assert "| STS12 | 50.00 | 40.00 | -10.00 |" in (a / "summary.md").read_text()
-
-
-# ------------------------------------------------------------------------------------------------------------ comparison
 
 
 def test_differences_are_over_the_tasks_that_both_have(two_runs):
@@ -230,24 +180,15 @@ def test_drops_under_noise_are_compared(two_runs):
         ("STS12", [10.0, 30.0]),
         ("Mean", [10.0, 30.0]),
     ]
-    assert "| Drop under noise | type | a | b | difference |" in comparison_markdown(runs, rows)
-    assert "| Mean | 1 tasks | 10.00 | 30.00 | +20.00 |" in comparison_markdown(runs, rows)
+    assert "+20.00" in comparison_markdown(runs, rows)
 
 
 def test_results_without_a_common_task_cannot_be_compared(two_runs, tmp_path):
     write_result(tmp_path / "c", "NQ", "Retrieval", 0.5)
-    with pytest.raises(ValueError, match="No task has been scored for all of a, c"):
+    with pytest.raises(ValueError, match="all of a, c"):
         compare([read_run(two_runs[0]), read_run(tmp_path / "c")])
-    with pytest.raises(ValueError, match="at least two results, got 1"):
+    with pytest.raises(ValueError, match="at least two"):
         compare([read_run(two_runs[0])])
-
-
-def test_comparison_as_tables(two_runs):
-    runs = [read_run(folder) for folder in two_runs]
-    text = comparison_markdown(runs, compare(runs))
-    assert "| MTEB, mean of | over | a | b | difference |\n|---|---|--:|--:|--:|" in text
-    assert "| SciFact | Retrieval | 30.00 | 20.00 | -10.00 |" in text
-    assert "| X-Two | STS | 20.00 | – | – |" in text
 
 
 def test_comparison_files(two_runs, tmp_path):
@@ -288,50 +229,3 @@ def test_what_is_exported_is_read_as_the_folder_that_it_came_from(two_runs, tmp_
 def test_a_readme_without_a_place_for_the_table_is_an_error():
     with pytest.raises(ValueError, match="Expected the lines"):
         replace_table("# Title\n", "table")
-
-
-def test_bars_are_as_high_as_the_numbers(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    plots.plot_bars(["x", "y"], {"one": [1.0, 2.0], "two": [3.0, 4.5]}, "score", "title", tmp_path / "a.png")
-    (axes,) = figures[0].axes
-    assert sorted(bar.get_height() for bar in axes.patches) == [1.0, 2.0, 3.0, 4.5]
-    assert {text.get_text() for text in axes.texts} >= {"1.0", "4.5"}
-
-
-def test_every_task_has_a_dot_per_run(two_runs, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    runs = [read_run(folder) for folder in two_runs]
-    plots.plot_tasks(runs, compare(runs), tmp_path / "a.png")
-    (axes,) = figures[0].axes
-    assert [len(dots.get_offsets()) for dots in axes.collections] == [4, 3]  # b has no X-Two
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["SciFact", "STS12", "X-One", "X-Two"]
-
-
-def test_numbers_stand_to_the_right():
-    assert markdown_table(["a", "b"], [["x", "1.00"], ["y", "-2.00"]]).splitlines()[1] == "|---|--:|"
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "deep" / "x.json"
-    write_json(file, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(file, {"a": object()})
-    with pytest.raises(UnicodeEncodeError):
-        write_json(file, "half of a surrogate pair: \ud800")
-    assert json.loads(file.read_text()) == {"a": 1} and list(file.parent.iterdir()) == [file]
-
-
-def test_matplotlibs_own_state_is_left_alone(tmp_path):
-    from matplotlib import get_backend, pyplot
-
-    before = get_backend(auto_select=False), pyplot.get_fignums()
-    figure, axes = plots.new_figure(4, 3, nrows=2, sharex=True)
-    plots.save_figure(figure, tmp_path / "deep" / "a.png")
-    assert len(axes) == 2 and (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert (get_backend(auto_select=False), pyplot.get_fignums()) == before
-
-
-def test_published_scores_are_data_in_the_repository():
-    assert PAPER == ROOT / "evaluation" / "paper.json"

@@ -1,6 +1,8 @@
 """saving_utils.py: files that are written whole, moved in the right order, and hashed; cards."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from conftest import SHARD, same, weights_in
 
 import saving_utils
 from modeling_causal2vec import Causal2VecModel
-from saving_utils import code_hashes
+from saving_utils import SHIPPED_CODE, code_hashes, code_table, write_json
 
 
 class TestMoves:
@@ -71,3 +73,29 @@ def read_files(folder: Path) -> dict[str, str]:
         (tmp_path / "decoder_utils.py").write_bytes(b"abc")
         digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example
         assert code_hashes(tmp_path) == {"decoder_utils.py": digest}
+
+
+def test_plain_card_lists_the_hashes_of_the_code(saved_dir):
+    table = code_table(saved_dir)
+    assert table in (saved_dir / "README.md").read_text()
+    assert table.count(".py") == len(SHIPPED_CODE)
+
+
+def test_saving_again_brings_the_hashes_up_to_date(complete_dir, tiny_model, tmp_path):
+    folder = shutil.copytree(complete_dir, tmp_path / "model")
+    card = (folder / "README.md").read_text()
+    digest = re.search(r"`decoder_utils.py` \| `([0-9a-f]{64})`", card)[1]
+    (folder / "README.md").write_text(card.replace(digest, "0" * 64))
+    tiny_model.save_pretrained(folder)
+    assert code_table(folder) in (folder / "README.md").read_text()
+    assert "license: apache-2.0" in (folder / "README.md").read_text()  # the rest stays
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "deep" / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_json(file, "half of a surrogate pair: \ud800")
+    assert json.loads(file.read_text()) == {"a": 1} and list(file.parent.iterdir()) == [file]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, incomplete
 
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -24,7 +24,11 @@ INSTRUCTION = "Given a question, retrieve passages that answer it"
 
 @pytest.fixture(scope="module")
 def model(saved_dir):
-    return SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    return load(saved_dir)
+
+
+def load(folder, **options) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **options)
 
 
 def close(first, second) -> bool:
@@ -59,7 +63,7 @@ def test_prompts_are_instructions(model, tiny_model):
         model.encode(TEXTS, prompt_name="nonsense")
 
 
-def test_examples_reach_the_head(model, tiny_model):
+def test_examples_reach_the_prefix(model, tiny_model):
     examples = [{"query": "what is it", "response": "a thing"}]
     expected = tiny_model.encode(TEXTS, instruction=INSTRUCTION, examples=examples)
     assert close(model.encode(TEXTS, prompt=INSTRUCTION, examples=examples), expected)
@@ -77,15 +81,15 @@ def test_truncation_cuts_both_states(model, tiny_model, dim):
 
 
 def test_texts_that_are_cut_are_counted_and_told_once(saved_dir, caplog):
-    model = SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    model = load(saved_dir)
     texts = ["hi", "word " * 30, "word " * 600]
     model.encode(texts[:1])
     assert not model[0].truncated and not caplog.records
     for _ in range(2):
         model.encode(texts, batch_size=1)
     assert model[0].truncated == {"texts": 4, "decoder": 2, "encoder": 4}
-    (record,) = [record for record in caplog.records if "truncated" in record.getMessage()]
-    assert record.levelname == "WARNING" and "(at 512 tokens)" in record.getMessage()
+    (record,) = [record for record in caplog.records if "512" in record.getMessage()]
+    assert record.levelname == "WARNING"
 
 
 def test_the_fast_path_is_used(model):
@@ -115,7 +119,7 @@ def test_similarity_and_dimensions(model):
 
 
 def test_max_seq_length_is_the_models(saved_dir, tiny_model, tmp_path):
-    model = SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    model = load(saved_dir)
     model.max_seq_length = 12
     shortened = model.encode(TEXTS)
     assert close(shortened, tiny_model.encode(TEXTS, max_length=12))
@@ -125,16 +129,6 @@ def test_max_seq_length_is_the_models(saved_dir, tiny_model, tmp_path):
     for wrong in (0, position_limit(tiny_model.decoder) + 1):  # a folder saved with the latter would not load
         with pytest.raises(ValueError, match="max_seq_length"):
             model.max_seq_length = wrong
-
-
-@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
-def test_precisions(model, tiny_model, precision):
-    from sentence_transformers.util import quantize_embeddings
-
-    texts = TEXTS * 3
-    quantized = model.encode(texts, precision=precision)
-    assert quantized.shape == (len(texts), 64 // (8 if "binary" in precision else 1))
-    assert np.array_equal(quantized, quantize_embeddings(model.encode(texts), precision=precision))
 
 
 def test_multi_process_pool(model):
@@ -154,18 +148,14 @@ def test_token_embeddings_are_not_promised(model):
 
 
 def test_other_backends_and_settings_are_refused(saved_dir):
-    with pytest.raises(ValueError, match="`backend` must be 'torch'"):
-        SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu", backend="onnx")
+    with pytest.raises(ValueError, match="`backend`"):
+        load(saved_dir, backend="onnx")
     with pytest.raises(ValueError, match="processor_kwargs"):
-        SentenceTransformer(
-            str(saved_dir), trust_remote_code=True, device="cpu", processor_kwargs={"padding_side": "left"}
-        )
+        load(saved_dir, processor_kwargs={"padding_side": "left"})
 
 
 def test_dtype_reaches_the_model(saved_dir, tiny_model):
-    model = SentenceTransformer(
-        str(saved_dir), trust_remote_code=True, device="cpu", model_kwargs={"dtype": "bfloat16"}
-    )
+    model = load(saved_dir, model_kwargs={"dtype": "bfloat16"})
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     vectors = model.encode(TEXTS)
     assert vectors.dtype == np.float32
@@ -178,21 +168,15 @@ def test_save_leaves_a_complete_folder(model, tiny_model, tmp_path):
         model.save(str(tmp_path / "first"))
     finally:
         del model.prompts["code"]
-    again = SentenceTransformer(str(tmp_path / "first"), trust_remote_code=True, device="cpu")
+    again = load(tmp_path / "first")
     assert again.prompts["code"] == "Find code"
     again.save(str(tmp_path / "first"))  # over itself
     again.save(str(tmp_path / "second"))
     shutil.rmtree(tmp_path / "first")
-    for name in (
-        *SHIPPED_CODE,
-        "config.json",
-        "model.safetensors",
-        "modules.json",
-        "processor_config.json",
-        "README.md",
-    ):
+    assert incomplete(tmp_path / "second") == []
+    for name in (*SHIPPED_CODE, "modules.json", "README.md"):
         assert (tmp_path / "second" / name).is_file(), name
-    third = SentenceTransformer(str(tmp_path / "second"), trust_remote_code=True, device="cpu")
+    third = load(tmp_path / "second")
     assert third.prompts["code"] == "Find code"
     assert close(third.encode(TEXTS), tiny_model.encode(TEXTS))
 
@@ -205,7 +189,7 @@ def test_save_leaves_a_complete_folder(model, tiny_model, tmp_path):
 def test_unnormalised_vectors_by_a_setting(saved_dir, tiny_model, tmp_path):
     folder = shutil.copytree(saved_dir, tmp_path / "model")
     (folder / "sentence_causal2vec_config.json").write_text('{"normalize": false}')
-    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    model = load(folder)
     expected = tiny_model.encode(TEXTS, normalize_embeddings=False)
     assert not np.allclose(np.linalg.norm(expected, axis=1), 1)
     assert np.abs(model.encode(TEXTS) - expected).max() < 1e-5  # not of length 1
@@ -217,7 +201,7 @@ def test_unnormalised_vectors_by_a_setting(saved_dir, tiny_model, tmp_path):
 def test_its_trainer_fine_tunes_every_part(saved_dir, tmp_path, matryoshka):
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
-    model = SentenceTransformer(str(saved_dir), trust_remote_code=True, device="cpu")
+    model = load(saved_dir)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss = losses.MultipleNegativesRankingLoss(model)
     if matryoshka:
@@ -248,7 +232,7 @@ def test_its_trainer_fine_tunes_every_part(saved_dir, tmp_path, matryoshka):
         changed = [not torch.equal(p.detach(), before[n]) for n, p in model.named_parameters() if f".{part}." in n]
         assert changed and any(changed), part
     checkpoint = str(Path(tmp_path, "run", "checkpoint-2"))
-    reloaded = SentenceTransformer(checkpoint, trust_remote_code=True, device="cpu")
+    reloaded = load(checkpoint)
     assert close(reloaded.encode(TEXTS), model.encode(TEXTS))
 
 

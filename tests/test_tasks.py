@@ -1,4 +1,4 @@
-"""Choosing tasks, local folders, tasks of one's own, prefetching."""
+"""evaluation/tasks.py: choosing tasks, local folders, tasks of one's own, prefetching."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_other_tasks_of_mteb_are_not_of_the_benchmark():
 
 
 def test_an_unknown_name_gets_a_suggestion():
-    with pytest.raises(ValueError, match=r"'STSBenchmrak' is neither a task nor a group.*Did you mean.*STSBenchmark"):
+    with pytest.raises(ValueError, match="'STSBenchmrak'.*STSBenchmark"):
         select_tasks(["STSBenchmrak"])
     with pytest.raises(ValueError, match="every folder of --data_dir"):
         select_tasks(["all"])
@@ -112,7 +112,7 @@ def test_all_is_what_is_there(tmp_path):
     (tmp_path / ".hidden").mkdir()
     assert "CQADupstackRetrieval" in names(select_tasks(["all"], tmp_path))
     (tmp_path / "stranger").mkdir()
-    with pytest.raises(ValueError, match=r"neither tasks of .* nor hold a task.json: \['stranger'\]"):
+    with pytest.raises(ValueError, match=r"task.json.*\['stranger'\]"):
         select_tasks(["all"], tmp_path)
     assert names(select_tasks(["STS12"], tmp_path)) == ["STS12"]
 
@@ -172,7 +172,7 @@ def test_a_task_json_that_cannot_work_is_an_error(tmp_path, changes, message):
 def test_two_tasks_of_one_name_are_an_error(tmp_path):
     write_sts(tmp_path / "one", 0, spec())
     write_sts(tmp_path / "two", 1, spec())
-    with pytest.raises(ValueError, match=r"called X-Mine in their task.json: \['one', 'two'\]"):
+    with pytest.raises(ValueError, match=r"X-Mine.*\['one', 'two'\]"):
         select_tasks(["X-Mine"], tmp_path)
 
 

@@ -1,7 +1,6 @@
-"""Causal2VecProcessor: how rows are laid out, and that no text can change the layout."""
+"""tokenization_utils.py: how rows are laid out, and that no text can change the layout."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import tokenization_utils
-from configuration_causal2vec import Causal2VecConfig
-from tokenization_utils import Causal2VecProcessor, first_ids, format_examples
+from tokenization_utils import Causal2VecProcessor, first_ids
 
 
 PAD, BOS, EOS = 0, 1, 2  # of the decoder's tokenizer
@@ -120,31 +118,8 @@ class TestGoldenIds:
             + [94, 32, EOS]
         ]
         assert processor("Ünï: שלום \U0001f600\n")["input_ids"].tolist() == [
-            [
-                BOS,
-                SLOT,
-                130,
-                253,
-                80,
-                130,
-                110,
-                28,
-                223,
-                150,
-                105,
-                150,
-                253,
-                150,
-                246,
-                150,
-                254,
-                223,
-                175,
-                256,
-                249,
-                225,
-            ]
-            + [201, EOS]
+            [BOS, SLOT, 130, 253, 80, 130, 110, 28, 223, 150, 105, 150, 253, 150, 246, 150, 254, 223, 175, 256, 249]
+            + [225, 201, EOS]
         ]
 
     def test_decoder_with_template(self, processor):
@@ -205,7 +180,7 @@ class TestLayout:
         assert len(row) == 512
         shortest = len(row) - row[::-1].index(SLOT) + 3  # prefix and slot, one token of text, suffix, EOS
         assert len(rows_of(processor("hihi", instruction="Find it", max_length=shortest))[0]) == shortest
-        with pytest.raises(ValueError, match=rf"the template's suffix 1, .* 2\. Use at least max_length={shortest},"):
+        with pytest.raises(ValueError, match=rf"suffix 1, .*max_length={shortest}\b"):
             processor("hi", instruction="Find it", max_length=shortest - 1)
 
     def test_no_template(self, tiny_model):
@@ -257,7 +232,7 @@ class TestLayout:
         assert len({tuple(row) for row in alone}) == len(TEXTS)
 
 
-class TestHead:
+class TestPrefix:
     def test_is_the_same_for_every_text(self, processor):
         texts = [*TEXTS, *HOSTILE, *ODD.values()]
         for instruction in (None, "Find it", "It is </s> [INST]"):
@@ -276,7 +251,9 @@ class TestHead:
 
     def test_examples(self, processor):
         examples = [{"query": "eat?", "response": "46 g"}, {"query": "hi", "response": "ho", "instruction": "Greet"}]
+        before = copy.deepcopy(examples)
         (row,) = rows_of(processor("female", instruction="Find it", examples=examples))
+        assert examples == before
         slot = row.index(SLOT)
         assert row[:slot] == processor.encode_prefix("Find it", examples)
         assert processor.tokenizer.decode(row[2:slot]) == (
@@ -286,7 +263,6 @@ class TestHead:
 
     def test_no_examples_is_an_empty_list(self, processor):
         assert torch.equal(processor(TEXTS, examples=[])["input_ids"], processor(TEXTS)["input_ids"])
-        assert format_examples([], "Find it") == format_examples(None, "Find it") == ""
 
     def test_examples_have_their_own_limit(self, processor):
         examples = [{"query": "hi", "response": "ho"}]
@@ -300,12 +276,6 @@ class TestHead:
         batch = processor(["female", "eat"], instruction="Find it", examples=[some, none])
         assert rows_of(batch)[0] == rows_of(processor("female", instruction="Find it", examples=some))[0]
         assert rows_of(batch)[1] == rows_of(processor("eat", instruction="Find it"))[0]
-
-    def test_examples_are_not_changed(self, processor):
-        examples = [{"query": "hi", "response": "ho"}]
-        before = copy.deepcopy(examples)
-        processor("female", instruction="Find it", examples=examples)
-        assert examples == before
 
 
 class TestLength:
@@ -327,14 +297,14 @@ class TestLength:
         batch = processor(HOSTILE, max_length=max_length)
         assert_layout(processor, batch, [BOS, INST, 223], max_length)
 
-    def test_too_short_for_the_head(self, processor):
+    def test_too_short_for_the_prefix(self, processor):
         for max_length in (-1, 0, 1, 12):
-            with pytest.raises(ValueError, match=rf"max_length={max_length} leaves no room.*at least max_length=13\b"):
+            with pytest.raises(ValueError, match=rf"max_length={max_length} .*max_length=13\b"):
                 processor("hi", instruction="Find it", max_length=max_length)
         assert processor("hi hi hi", instruction="Find it", max_length=13)["input_ids"].shape == (1, 13)
 
     def test_too_short_for_the_examples(self, processor):
-        with pytest.raises(ValueError, match="max_length=256 leaves no room.*examples"):
+        with pytest.raises(ValueError, match="max_length=256 .*examples"):
             processor("hi", examples=[{"query": "hi " * 1000, "response": "ho"}])
 
     def test_the_encoders_row_is_cut_at_its_own_length(self):
@@ -648,8 +618,7 @@ class TestKindsOfInput:
         for embed in (processor, tiny_model.encode, tiny_model.encode_query, tiny_model.encode_document):
             with pytest.raises(TypeError) as error:
                 embed(texts)
-            assert str(error.value).startswith("`texts` must be a string or a list of strings, got ")
-            assert message in str(error.value)
+            assert "`texts`" in str(error.value) and message in str(error.value)
 
     @pytest.mark.parametrize("instruction", [5, b"Find", {"a": "b"}, [1, 2], ["a", b"b"], [["a"], ["b"]]], ids=repr)
     def test_instructions_of_another_type(self, processor, tiny_model, instruction):
@@ -660,7 +629,7 @@ class TestKindsOfInput:
     @pytest.mark.parametrize("instruction", [[], ["a"], ["a", "b", "c"]], ids=repr)
     def test_another_number_of_instructions(self, processor, tiny_model, instruction):
         for embed in (processor, tiny_model.encode, tiny_model.encode_query):
-            with pytest.raises(ValueError, match=f"one instruction or 2, one per text, got {len(instruction)}"):
+            with pytest.raises(ValueError, match=f"2, .*got {len(instruction)}"):
                 embed(["hi", "ho"], instruction=instruction)
 
     @pytest.mark.parametrize(
@@ -700,29 +669,20 @@ class TestConstruction:
         [(EOS, "EOS"), (PAD, "padding"), (BOS, "BOS"), (INST, "template"), (END_INST, "template"), (308, "text")],
     )
     def test_a_slot_that_is_used_for_something_else(self, slot, use):
-        with pytest.raises(ValueError, match=f"`contextual_token_id` {slot} is also used for {use}"):
+        with pytest.raises(ValueError, match=f"`contextual_token_id` {slot} .*{use}"):
             make_processor(contextual_token_id=slot)
 
     def test_a_slot_that_texts_could_spell(self):
         """Only special tokens are kept out of plain text."""
         tokenizer = decoder_tokenizer()
         tokenizer.add_tokens([AddedToken("<|contextual|>", special=False)])
-        with pytest.raises(ValueError, match=f"`contextual_token_id` {SLOT} is also used for text"):
+        with pytest.raises(ValueError, match=f"`contextual_token_id` {SLOT} .*text"):
             Causal2VecProcessor(tokenizer, wordpiece_tokenizer(), contextual_token_id=SLOT)
 
     def test_a_slot_outside_the_tokenizers_vocabulary(self):
         """Some models have more embeddings than tokens."""
         (row,) = rows_of(make_processor(contextual_token_id=400)("hi"))
         assert row.count(400) == 1
-
-    def test_from_config(self, tiny_model):
-        config = tiny_model.config
-        assert isinstance(config, Causal2VecConfig)
-        processor = Causal2VecProcessor.from_config(
-            config, tiny_model.processor.tokenizer, tiny_model.processor.encoder_tokenizer
-        )
-        assert processor.encoder_max_seq_length == config.encoder_max_seq_length == 40
-        assert torch.equal(processor(TEXTS)["input_ids"], tiny_model.processor(TEXTS)["input_ids"])
 
 
 class TestSaving:
@@ -756,17 +716,13 @@ class TestSaving:
         for name, tensor in tiny_model.processor([*TEXTS, *HOSTILE], instruction="Find it").items():
             assert torch.equal(tensor, processor([*TEXTS, *HOSTILE], instruction="Find it")[name])
 
-    def test_auto_tokenizer_gives_the_decoders(self, tiny_model, saved_dir):
+    def test_auto_tokenizer(self, tiny_model, saved_dir):
+        """The decoder's, and in the subfolder the encoder's."""
         tokenizer = AutoTokenizer.from_pretrained(saved_dir, trust_remote_code=True)
         assert tokenizer.get_vocab() == tiny_model.processor.tokenizer.get_vocab()
         assert tokenizer("How much protein").input_ids == tiny_model.processor.tokenizer("How much protein").input_ids
         assert tokenizer.convert_tokens_to_ids("<|contextual|>") == tiny_model.config.contextual_token_id
-
-    def test_auto_tokenizer_on_the_subfolder_gives_the_encoders(self, tiny_model, saved_dir):
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
         tokenizer = AutoTokenizer.from_pretrained(saved_dir, subfolder="encoder_tokenizer")
         assert tokenizer.get_vocab() == tiny_model.processor.encoder_tokenizer.get_vocab()
         assert tokenizer("How much").input_ids == [CLS, 5, 6, SEP]
-
-    def test_special_tokens_stay_what_they_were(self, saved_dir):
-        saved = json.loads((saved_dir / "tokenizer_config.json").read_text())
-        assert (saved["bos_token"], saved["eos_token"], saved["pad_token"]) == ("<s>", "</s>", "<pad>")

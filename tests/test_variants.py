@@ -5,16 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, gradients
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from test_configuration_causal2vec import make_config
 from transformers import AutoModel, AutoProcessor
 
 from configuration_causal2vec import Causal2VecConfig
-from encoding_utils import check_truncate_dim
 from modeling_causal2vec import Causal2VecModel
 from prefix_cache import ModuleScan
-from training.losses import InfoNCE
 
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -179,17 +177,12 @@ class TestVectors:
 
     def test_gradients_reach_all_weights_that_are_there(self, variants, name):
         model = variants(name)
-        results = {}
-        for share in (False, True):
-            model.zero_grad()
-            embeddings = model(**model.processor(TEXTS, INSTRUCTION, return_prefix_ids=share)).embeddings
-            (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
-            results[share] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        missing = {key for key, _ in model.named_parameters()} - set(results[False])
-        assert missing == set()
-        for key, gradient in results[False].items():
-            assert (results[True][key] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), key
+        whole, shared = (
+            gradients(model, model.processor(TEXTS, INSTRUCTION, return_prefix_ids=share)) for share in (False, True)
+        )
+        assert whole.keys() == {key for key, _ in model.named_parameters()}
+        for key, gradient in whole.items():
+            assert (shared[key] - gradient).abs().max() <= 1e-4 * max(1.0, gradient.abs().max()), key
             if model.projector is not None and "projector" in key and "in_proj_bias" not in key:
                 assert gradient.abs().max() > 0, key
 
@@ -197,13 +190,17 @@ class TestVectors:
 @pytest.mark.parametrize("name", VARIANTS)
 class TestFolders:
     def test_round_trip(self, variants, folders, name):
-        model, again = variants(name), Causal2VecModel.from_pretrained(folders(name))
-        assert type(again) is type(model)
+        """Through the code in the folder."""
+        model, again = variants(name), AutoModel.from_pretrained(folders(name), trust_remote_code=True)
+        assert type(again).__module__.startswith("transformers_modules.")
         assert again.config.to_dict() == model.config.to_dict() | {"auto_map": again.config.auto_map}
         assert again.processor.to_dict() == model.processor.to_dict()
-        assert np.array_equal(
-            again.encode(TEXTS, instruction=INSTRUCTION), model.encode(TEXTS, instruction=INSTRUCTION)
-        )
+        vectors = again.encode(TEXTS, instruction=INSTRUCTION)
+        assert np.array_equal(vectors, model.encode(TEXTS, instruction=INSTRUCTION))
+        processor = AutoProcessor.from_pretrained(folders(name), trust_remote_code=True)
+        expected, found = model.processor(TEXTS, INSTRUCTION), processor(TEXTS, INSTRUCTION)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
     def test_what_is_in_it(self, variants, folders, name):
         keys = {key.split(".")[0] for key in variants(name).state_dict()}
@@ -215,16 +212,6 @@ class TestFolders:
         assert keys == expected
         assert (folders(name) / "encoder_tokenizer").exists() == (name not in WITHOUT_ENCODER)
         assert f"{DIMS[name]} numbers" in (folders(name) / "README.md").read_text().replace("\n", " ")
-
-    def test_remote_code(self, variants, folders, name):
-        model = AutoModel.from_pretrained(folders(name), trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules.")
-        assert np.abs(model.encode(TEXTS) - variants(name).encode(TEXTS)).max() <= 1e-6
-        processor = AutoProcessor.from_pretrained(folders(name), trust_remote_code=True)
-        expected = variants(name).processor(TEXTS, INSTRUCTION)
-        found = processor(TEXTS, INSTRUCTION)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
     def test_sentence_transformers(self, variants, folders, name):
         module = pytest.importorskip("sentence_transformers")
@@ -271,12 +258,12 @@ class TestRows:
         prefix = model.processor.encode_prefix("Find")
         assert len(row) == 30 and row[-1] == 2
         assert row[: len(prefix) + 8] == [*prefix, *[model.config.contextual_token_id] * 8]
-        with pytest.raises(ValueError, match=f"Use at least max_length={len(prefix) + 10}"):
+        with pytest.raises(ValueError, match=f"max_length={len(prefix) + 10}"):
             model.processor("word", "Find", max_length=10)
 
     def test_as_many_slots_as_tokens(self, variants):
         model = variants("two")
-        with pytest.raises(ValueError, match="exactly 2 times; row 0 holds it 8 times"):
+        with pytest.raises(ValueError, match="2 times.* row 0 .*8 times"):
             model(**variants("eight").processor("hi"))
 
     @pytest.mark.parametrize("name", ["concat", "two"])
@@ -349,13 +336,13 @@ class TestBidirectional:
         from prefix_cache import make_bidirectional
 
         decoder = torch.nn.Linear(2, 2)
-        with pytest.raises(ValueError, match="`bidirectional` is not possible for Linear"):
+        with pytest.raises(ValueError, match="`bidirectional`.*Linear"):
             make_bidirectional(decoder)
 
 
 class TestTokenPrepending:
     def test_packing_is_refused(self, variants):
-        with pytest.raises(ValueError, match="`packed` is not possible with token prepending"):
+        with pytest.raises(ValueError, match="`packed`"):
             variants("token_prepending").encode(TEXTS, packed=True)
 
     def test_it_changes_what_text_sees(self, variants):
@@ -398,13 +385,7 @@ class TestTokenPrepending:
 @pytest.mark.parametrize(
     "values, match",
     [
-        ({"pooling": "mean"}, "'pooling' expected one of .*'eos_encoder'.*mean"),
-        ({"contextual_position": "last"}, "'contextual_position' expected one of"),
-        ({"num_contextual_tokens": 0}, "`num_contextual_tokens` must be at least 1"),
-        ({"num_contextual_tokens": 2.0}, "'num_contextual_tokens' expected int"),
         ({"num_contextual_tokens": 8, "max_seq_length": 9}, "`max_seq_length` must be at least 10"),
-        ({"bidirectional": "yes"}, "'bidirectional' expected bool"),
-        ({"baseline": "echo"}, "'baseline' expected one of .*'last_token'"),
         ({"pooling": "eos_encoder", "num_contextual_tokens": 2}, "needs `num_contextual_tokens=1`"),
         ({"baseline": "embedding_concat", "pooling": "eos"}, "`pooling` must be 'concat' for the baseline"),
         ({"baseline": "embedding_concat", "num_contextual_tokens": 2}, "it has no Contextual token"),
@@ -421,14 +402,13 @@ def test_what_cannot_be_combined(values, match):
         make_config(**values)
 
 
-class TestRefusals:
-    def test_an_encoder_too_few_or_too_many(self, backbone_dir):
-        with pytest.raises(ValueError, match="needs an `encoder`"):
-            Causal2VecModel.from_encoder_decoder_pretrained(None, backbone_dir("llama"))
-        with pytest.raises(ValueError, match="has no encoder"):
-            Causal2VecModel.from_encoder_decoder_pretrained(
-                backbone_dir("bert"), backbone_dir("llama"), baseline="last_token"
-            )
+def test_an_encoder_too_few_or_too_many(backbone_dir):
+    with pytest.raises(ValueError, match="`encoder`"):
+        Causal2VecModel.from_encoder_decoder_pretrained(None, backbone_dir("llama"))
+    with pytest.raises(ValueError, match="no encoder"):
+        Causal2VecModel.from_encoder_decoder_pretrained(
+            backbone_dir("bert"), backbone_dir("llama"), baseline="last_token"
+        )
 
 
 class TestSizes:
@@ -440,22 +420,6 @@ class TestSizes:
         assert config.embedding_size == 32 and config.encoder_config is None
         again = Causal2VecConfig.from_dict(config.to_dict())
         assert again.encoder_config is None and again.baseline == "last_token"
-
-    def test_truncation(self):
-        check_truncate_dim(3, 10)
-        for dim in (0, 11, 2.0):
-            with pytest.raises(ValueError, match="`truncate_dim` must be an"):
-                check_truncate_dim(dim, 10)
-
-    def test_matryoshka_loss_of_one_state(self):
-        queries, documents = torch.randn(4, 6), torch.randn(4, 6)
-        ids = (torch.arange(4), torch.arange(4))
-        plain = InfoNCE()
-        expected = (plain(queries, documents, *ids) + plain(queries[:, :3], documents[:, :3], *ids)) / 2
-        loss = InfoNCE(matryoshka_dims=[3])(queries, documents, *ids)
-        assert torch.allclose(loss, expected)
-        with pytest.raises(ValueError, match="between 1 and 6"):
-            InfoNCE(matryoshka_dims=[8], embedding_size=6)
 
 
 def test_a_decoder_that_is_an_adapter(backbone_dir, make_model, tmp_path):
