@@ -6,7 +6,7 @@
 OUT holds `model.onnx` (both towers, the projector and the pooling; any batch size and length; where the decoder's
 attention is causal, the keys and values of a shared prefix as input and output), both tokenizers, `onnx_config.json` and
 `onnx_runtime.py`, whose `Causal2VecONNX(OUT).encode` is the model's `encode`. Before anything stands in OUT, its vectors
-are compared with the model's own.
+are compared with the model's own, for the texts of serving/check.py.
 
 int8 (`quantize`): weights get one scale per output channel, what they are multiplied with one scale per token, found at
 run time. onnxruntime's own `quantize_dynamic` takes one scale for the whole batch, so that a vector would depend on the
@@ -29,21 +29,7 @@ import numpy as np
 from scripts.exits import exit_code
 
 
-ROOT = Path(__file__).resolve().parent.parent
-MINIMUM = {"float32": 0.9999, "int8": 0.98}  # cosine to the model's own vectors
 LIMIT = 2**31 - 2**20  # bytes that a protobuf file may have, less some for the graph
-
-INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-PROBES = (
-    ("how much protein should a female eat", INSTRUCTION),
-    ("A man is playing a guitar.", None),
-    ("hi", None),
-    ("", None),
-    ("The summit of a mountain is its highest point; climbers reach it before noon, when the snow is hard.", None),
-    ("Naïve café, 東京 and ☃: <s>[CLS]</s>", "Retrieve semantically similar text"),
-    ("def area(radius):\n    return 3.14159 * radius**2\n", None),
-    ("A vaccine trains the immune system to recognise a pathogen before it is met. " * 12, None),
-)
 
 
 def export(
@@ -63,7 +49,7 @@ def export(
         truncate_dim (`int`, *optional*): Keep the first numbers of an embedding alone.
         revision (`str`, *optional*): Of a Hub id.
         float32: Names of modules that int8 leaves as they are, such as `decoder.layers.1.mlp`.
-        min_cosine (`float`, *optional*): Least cosine of a vector to the model's own. Defaults to `MINIMUM`.
+        min_cosine (`float`, *optional*): Least cosine of a vector to the model's own. Defaults to serving/check.py's.
 
     Returns:
         What onnx_config.json says.
@@ -73,6 +59,7 @@ def export(
     """
     from encoding_utils import check_truncate_dim
     from saving_utils import new_files, write_json
+    from serving.check import TOLERANCE
     from serving.loading import load_model
 
     loaded = load_model(model, revision=revision, device="cpu")
@@ -91,14 +78,14 @@ def export(
         settings |= {"embedding_size": dim, "weights": weights, "float32_layers": kept}
         settings["fingerprint"] = {**loaded.fingerprint(), "dtype": weights}
         write_json(folder / "onnx_config.json", settings)
-        found = settings["check"] = check(loaded, folder, dim)
-        least = MINIMUM[weights] if min_cosine is None else min_cosine
-        if found["min_cosine"] < least:
+        difference, cosine = check(loaded, folder, dim)
+        least = TOLERANCE[weights]["cosine"] if min_cosine is None else min_cosine
+        if cosine < least:
             raise ValueError(
-                f"The graph's vectors are not the model's: the smallest cosine is {found['min_cosine']:.5f}, of "
-                f"{found['worst']!r}, and must be {least}."
+                f"The graph's vectors are not the model's: the smallest cosine is {cosine:.5f}, and must be {least}."
                 + (" Keep modules in float32 with --float32." if int8 else "")
             )
+        settings["check"] = {"difference": difference, "cosine": cosine}
         write_json(folder / "onnx_config.json", settings)
     return settings
 
@@ -241,6 +228,8 @@ def channel_maxima(model) -> dict[str, np.ndarray]:
     import torch
     from torch import nn
 
+    from serving.check import ROWS
+
     found: dict[str, torch.Tensor] = {}
 
     def hook(name: str, layer: nn.Module, inputs: tuple) -> None:
@@ -249,8 +238,7 @@ def channel_maxima(model) -> dict[str, np.ndarray]:
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_pre_hook(partial(hook, name)) for name, module in layers]
-    lines = (ROOT / "evaluation" / "noise.txt").read_text(encoding="utf-8").splitlines()
-    texts, instructions = zip(*PROBES, *((line, None) for line in lines[:64]))
+    texts, instructions = zip(*ROWS)
     try:
         model.encode(texts, instruction=instructions, packed=False, truncation="silent")
     finally:
@@ -373,22 +361,16 @@ def save_graph(graph, file: Path) -> None:
     onnx.save(graph, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
 
 
-def check(model, folder: Path, dim: int) -> dict:
-    """How far the folder's vectors are from the model's own, for texts of several kinds, read alone and together."""
+def check(model, folder: Path, dim: int) -> tuple[float, float]:
+    """How far the folder's vectors are from the model's own: largest difference of a number, smallest cosine."""
+    from serving.check import ROWS, compare
     from serving.onnx_runtime import Causal2VecONNX
 
-    texts, instructions = map(list, zip(*PROBES))
-    expected = model.encode(texts, instruction=instructions, truncate_dim=dim, truncation="silent")
+    texts, instructions = zip(*ROWS)
+    vectors = model.encode(texts, instruction=instructions, truncate_dim=dim, truncation="silent")
+    rows = [{"text": text, "instruction": its, "vector": vector} for (text, its), vector in zip(ROWS, vectors)]
     runtime = Causal2VecONNX(folder)
-    alone = [runtime.encode(*probe, truncation="silent") for probe in PROBES]
-    together = runtime.encode(texts, instructions, truncation="silent")
-    cosines = np.minimum((expected * alone).sum(-1), (expected * together).sum(-1))
-    return {
-        "texts": len(PROBES),
-        "min_cosine": round(float(cosines.min()), 6),
-        "max_difference": float(np.abs(expected - together).max()),
-        "worst": texts[int(cosines.argmin())][:80],
-    }
+    return compare(lambda texts, its: runtime.encode(texts, its, truncation="silent"), {"rows": rows})
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -404,7 +386,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     command.add_argument("--float32", nargs="+", default=(), metavar="MODULE", help="what int8 leaves as it is")
     command.add_argument(
-        "--min_cosine", type=float, help=f"least cosine to the model's own vectors. Default: {MINIMUM}"
+        "--min_cosine", type=float, help="least cosine to the model's own vectors (default: serving/check.py's)"
     )
     command.add_argument("--truncate_dim", type=int, help="keep the first numbers of an embedding alone")
     return parser.parse_args(arguments)
@@ -425,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, size = settings["check"], Path(options["output"], "model.onnx").stat().st_size
         print(
             f"{options['output']}: {settings['weights']}, {settings['embedding_size']} numbers, {size / 2**20:.0f} MiB; "
-            f"{found['texts']} texts, smallest cosine to the model's vectors {found['min_cosine']:.6f}"
+            f"smallest cosine to the model's vectors {found['cosine']:.6f}"
         )
 
     return exit_code("serving.onnx", job)
