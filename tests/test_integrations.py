@@ -10,7 +10,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, TEXTS
 
 
@@ -128,30 +127,6 @@ def test_lancedb(documents, query, best, tmp_path):
     assert [row["id"] for row in found] == best[:3]
     assert [row["text"] for row in found] == [TEXTS[i] for i in best[:3]]
     assert np.abs(1 - np.array([row["_distance"] for row in found]) - (documents @ query)[best[:3]]).max() < 1e-5
-
-
-def test_onnx(tiny_model, tmp_path):
-    """Other batches, lengths and paddings than at the export; README.md has the same on the bundled checkpoint."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    inputs = dict(tiny_model.processor(TEXTS[:2], instruction=INSTRUCTION))
-    sizes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
-    file = tmp_path / "model.onnx"
-    torch.onnx.export(
-        tiny_model, (), file, kwargs=inputs, dynamic_shapes=sizes, input_names=[*inputs], output_names=["embeddings"]
-    )
-    session = onnxruntime.InferenceSession(file)
-    for texts, instruction in ((TEXTS, None), (TEXTS[3:], INSTRUCTION), (["word " * 300, "x"], "Find")):
-        inputs = dict(tiny_model.processor(texts, instruction=instruction))
-        padded_left = {name: tensor.flip(-1) if "mask" in name else tensor for name, tensor in inputs.items()}
-        for name in ("input_ids", "encoder_ids"):
-            mask = padded_left["attention_mask" if name == "input_ids" else "encoder_attention_mask"].bool()
-            padded_left[name] = torch.zeros_like(inputs[name]).masked_scatter(mask, inputs[name][mask.flip(-1)])
-        for rows in (inputs, padded_left):
-            with torch.no_grad():
-                expected = tiny_model(**rows).embeddings.numpy()
-            (found,) = session.run(None, {name: tensor.numpy() for name, tensor in rows.items()})
-            assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.fixture
