@@ -435,6 +435,10 @@ class TestPage:
         page["#size input[type=range]"].send_keys(Keys.HOME)
         page.told("#facts", "16 of ")
         page.until(lambda: page["#plain"].text != before, "the same results")
+        page.write("#size input[type=number]", "")
+        page["#size input[type=number]"].send_keys("128")  # by way of 1, which is too small
+        page.told("#facts", "128 of ")
+        assert page.all(".toast-body") == []
 
     def test_files(self, page, tmp_path):
         text = page["#text textarea"].get_property("value")
