@@ -291,7 +291,14 @@ def build(demo: Demo) -> gr.Blocks:
     def size_slider(elem_id: str) -> gr.Slider:
         info = "Fewer numbers take less memory, and tell texts apart less well."
         slider = gr.Slider(
-            min(16, largest), largest, largest, step=8, precision=0, label="Size of a vector", info=info, elem_id=elem_id
+            min(16, largest),
+            largest,
+            largest,
+            step=8,
+            precision=0,
+            label="Size of a vector",
+            info=info,
+            elem_id=elem_id,
         )
         # While a number is typed into its field, that is empty, or holds one out of range.
         slider.preprocess = lambda size: round(min(max(size or 0, slider.minimum), slider.maximum))
