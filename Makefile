@@ -16,7 +16,7 @@ QUERY ?= how is the model trained
 FILES ?= README.md docs
 PYTEST_ARGS ?=
 BASES_ARGS ?=
-OLDEST ?= transformers==5.17.0 huggingface_hub==1.5.0 safetensors==0.8.0
+OLDEST ?= transformers==5.17.0 huggingface_hub==1.9.0 safetensors==0.8.0
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST_TESTS ?= $(addprefix tests/test_,configuration_causal2vec.py tokenization_utils.py modeling_causal2vec.py \
 	encoding_utils.py loading_utils.py saving_utils.py runtime_utils.py decoder_utils.py prefix_cache.py remote_code.py embed.py)
