@@ -2,6 +2,7 @@
 
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import ChatTemplateResolutionError
+from vllm.utils.async_utils import make_async
 
 from .front import Front
 
@@ -15,6 +16,7 @@ class Causal2VecRenderer(BaseRenderer):
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)
         self.front = Front(self.model_config.model, self.model_config.revision)
+        self.render_cmpl_async = make_async(self.render_cmpl, executor=self._executor)  # or texts would get no slot
 
     def render_cmpl(self, prompts, tok_params=None, *, prompt_extras=None, skip_mm_cache=False):
         tok_params = tok_params or self.default_cmpl_tok_params
