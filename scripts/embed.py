@@ -8,7 +8,7 @@
 `index` keeps the passages of documents and their vectors in a LanceDB table, and embeds only what is new at the next call.
 `search` prints the passages with the highest cosine to the query, of an index or of files that it embeds for the occasion.
 `encode` writes one vector per row of a file. Invariants: what cannot be read is named and ends in exit code 2, an output is
-replaced by a complete one or left alone, and memory does not grow with the files.
+replaced by a complete one or left alone, and files are read in parts, so that they may have any size.
 """
 
 import argparse

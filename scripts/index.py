@@ -22,8 +22,6 @@ from serving.vectors import KEY, check_fingerprint
 
 
 BATCH = 512  # passages that are embedded and written at a time
-APPROXIMATE_FROM = 200_000  # passages, from which on a search that reads every vector takes too long
-PROBES = 64  # parts of that index, of about the square root of all passages, that a search reads
 KEPT = timedelta(minutes=10)  # how long a search that is under way finds what has been replaced
 TOKENS = b"causal2vec.passage_tokens"
 FTS_COLUMN, VECTOR_COLUMN = "text", "vector"
@@ -116,7 +114,7 @@ class Index:
 
             query = self.table.search(query_type="hybrid", vector_column_name=VECTOR_COLUMN, fts_columns=FTS_COLUMN)
             query = query.vector(vector).text(text).distance_type("cosine").rerank(RRFReranker())
-        rows = query.nprobes(PROBES).limit(top_k).to_list()
+        rows = query.limit(top_k).to_list()
         scores = [row["_relevance_score"] if "_relevance_score" in row else 1 - row["_distance"] for row in rows]
         return [Hit(score, *(row[name] for name in columns)) for score, row in zip(scores, rows, strict=True)]
 
@@ -138,13 +136,8 @@ class Index:
             self.table.delete(f"path IN ({', '.join(map(quote, paths[start : start + 500]))})")
 
     def finish(self) -> None:
-        """Joins small files, and brings the full-text index up to date and that of the vectors, which a large table gets."""
-        from lancedb.index import IvfFlat
-
+        """Joins small files, and brings the full-text index up to date, and one of the vectors, which others may have made."""
         self.table.optimize(cleanup_older_than=KEPT)
-        indexed = {column for index in self.table.list_indices() for column in index.columns}
-        if VECTOR_COLUMN not in indexed and self.count() >= APPROXIMATE_FROM:
-            self.table.create_index(VECTOR_COLUMN, config=IvfFlat(distance_type="cosine", sample_rate=64))
 
 
 class Update:

@@ -222,7 +222,9 @@ def test_what_embedding_raises_is_not_the_files_fault(db, docs, splitters):
     assert not isinstance(error.value, UnreadableFile)
 
 
-def test_search_finds_the_nearest_with_their_cosine(db, docs, splitters, monkeypatch):
+def test_search_finds_the_nearest_with_their_cosine(db, docs, splitters):
+    from lancedb.index import IvfFlat
+
     write(docs / "a.txt", *PARAGRAPHS)
     write(docs / "empty.txt", "")  # has a row without vector
     bring_up(db, docs, splitters)
@@ -235,10 +237,10 @@ def test_search_finds_the_nearest_with_their_cosine(db, docs, splitters, monkeyp
     assert hits[0].text.startswith("beta") and hits[0].line == 3 and hits[0].path == str(docs / "a.txt")
     assert [hit.text for hit in Index(db).search(query, 2)] == [hit.text for hit in hits[:2]]
 
-    monkeypatch.setattr(index, "APPROXIMATE_FROM", 4)
-    Index(db).finish()
-    assert any("vector" in each.columns for each in Index(db).table.list_indices())
-    assert [hit.text for hit in Index(db).search(query, 2)] == [hit.text for hit in hits[:2]]
+    Index(db).table.create_index("vector", config=IvfFlat(distance_type="cosine"))  # as a user may do
+    write(docs / "b.txt", "beta beta gamma")
+    bring_up(db, docs, splitters)
+    assert [hit.text for hit in Index(db).search(query, 3)] == ["beta beta gamma", *(hit.text for hit in hits[:2])]
 
 
 def test_hybrid_search_joins_words_and_vectors(db, docs, splitters):
