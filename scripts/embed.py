@@ -22,17 +22,16 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
 from scripts.index import BATCH, Index, UnreadableFile, Update, check_name, locked
 from scripts.passages import Found, Passage, Splitters, default_tokens, examine, read_passages, walk
 from scripts.tables import KINDS, read_rows
 from scripts.writers import Parts, check_output
-from serving.loading import load_model
+from serving.loading import DTYPES, load_model
 from serving.precision import PRECISIONS, check_precision, store
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def search(args: argparse.Namespace) -> None:
@@ -237,13 +236,6 @@ def tell_truncated(model, total: int, max_length: int | None) -> None:
     if model.truncated:
         told = describe_cut(model.truncated, total, model.processor.limits(max_length))
         print(f"embed: {told}", file=sys.stderr)
-
-
-def positive(value: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from evaluation.report import replace_table
 from saving_utils import write_json, write_text
-from scripts.exits import exit_code
+from scripts.cli import exit_code
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.embed import DTYPES, positive
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
+from serving.loading import DTYPES
 from serving.precision import PRECISIONS, arrow_type, check_precision, store
 from serving.vectors import check_fingerprint, with_fingerprint
 

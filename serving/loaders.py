@@ -19,8 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.embed import positive
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
 from serving.corpus import Output
 from serving.precision import PRECISIONS, arrow_type, check_precision, restore, store
 from serving.vectors import KEY, check_fingerprint, read_fingerprint, with_fingerprint, write_fingerprint

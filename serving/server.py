@@ -23,12 +23,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
+from serving.loading import DTYPES, load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY_VARIABLE = "CAUSAL2VEC_API_KEY"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 FIELDS = {  # of a request
     "model": str,
     "input": (str, list),
@@ -352,13 +352,6 @@ def create_app(model, name: str, api_key: str | None = None, limits: Limits = Li
     return app
 
 
-def positive(value: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
-    return int(value)
-
-
 def build_parser() -> argparse.ArgumentParser:
     about = f"{__doc__.split(chr(10))[0]} With {KEY_VARIABLE} set, clients must send that key."
     parser = argparse.ArgumentParser(prog="python -m serving.server", description=about)
@@ -400,8 +393,6 @@ def serve(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the model loads, and when uvicorn has ended
     with bind(args.host, args.port) as listener:  # before memory is taken for a model
         import uvicorn
-
-        from serving.loading import load_model
 
         model = load_model(args.model, args.dtype, args.revision)
         name = args.name or (Path(args.model).resolve().name if Path(args.model).is_dir() else args.model)

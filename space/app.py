@@ -290,7 +290,7 @@ def build(demo: Demo) -> gr.Blocks:
 
     def size_slider(elem_id: str) -> gr.Slider:
         info = "Fewer numbers take less memory, and tell texts apart less well."
-        return gr.Slider(
+        slider = gr.Slider(
             min(16, largest),
             largest,
             largest,
@@ -300,6 +300,9 @@ def build(demo: Demo) -> gr.Blocks:
             info=info,
             elem_id=elem_id,
         )
+        # While a number is typed into its field, that is empty, or holds one out of range.
+        slider.preprocess = lambda size: round(min(max(size or 0, slider.minimum), slider.maximum))
+        return slider
 
     # One request uses the model at a time, whichever button it came from.
     event = dict(concurrency_id="model", api_visibility="private", trigger_mode="always_last", show_progress="minimal")

@@ -410,11 +410,10 @@ class TestPage:
         page.write("#query textarea", "a sting in the skin")
         page["#search"].click()
         for column in ("plain", "instructed"):
-            page.until(lambda: page.passages(column)[:1] != [], column)  # noqa: B023
             page.told(f"#{column} li:first-child p", "A sting stays in the skin")
         page.write("#text textarea", "Cats sleep all day.\n\nThe stock market fell by two percent this morning.")
         page.write("#query textarea", "shares lost value\n")  # Enter searches too
-        page.until(lambda: page.passages("plain")[:1] != [] and "stock market" in page.passages("plain")[0], "plain")
+        page.told("#plain li:first-child p", "The stock market fell")
 
     def test_an_example(self, page):
         example = next(button for button in page.all("button") if button.text == app.QUERIES[1])
@@ -436,6 +435,10 @@ class TestPage:
         page["#size input[type=range]"].send_keys(Keys.HOME)
         page.told("#facts", "16 of ")
         page.until(lambda: page["#plain"].text != before, "the same results")
+        page.write("#size input[type=number]", "")
+        page["#size input[type=number]"].send_keys("128")  # by way of 1, which is too small
+        page.told("#facts", "128 of ")
+        assert page.all(".toast-body") == []
 
     def test_files(self, page, tmp_path):
         text = page["#text textarea"].get_property("value")
@@ -447,6 +450,7 @@ class TestPage:
             (tmp_path / name).write_bytes(content)
             page["input[type=file]"].send_keys(str(tmp_path / name))
             page.told(".toast-body", wrong)
+            page["#text textarea"].click()  # nothing covers it
             assert page["#text textarea"].get_property("value") == text
         (tmp_path / "notes.md").write_text("# Trains\n\nThe night train to Vienna leaves at nine.", encoding="utf-8")
         page["input[type=file]"].send_keys(str(tmp_path / "notes.md"))
@@ -458,9 +462,9 @@ class TestPage:
         page.write("#query textarea", "")
         page["#search"].click()
         page.told(".toast-body", "The query is empty. Write something first.")
-        page.write("#query textarea", "honey")
+        page.write("#query textarea", "a sting in the skin")
         page["#search"].click()
-        page.told("#plain li:first-child p", "Honey keeps for decades")
+        page.told("#plain li:first-child p", "A sting stays in the skin")
 
     def test_compare(self, page):
         page.tab("Compare")
@@ -487,6 +491,7 @@ class TestPage:
                 page.tab(name)
                 page.until(lambda: page[selector].is_displayed(), name)  # noqa: B023
                 assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 375
-            assert page["#heat_map"].rect["width"] <= 375
+            scrolled = "const map = document.querySelector('#heat_map div table').parentElement; map.scrollLeft = 99;"
+            assert page.driver.execute_script(f"{scrolled} return map.scrollLeft") == 99  # to what does not fit
         finally:
             page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
