@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -63,6 +64,13 @@ class Server:
         """Forward passes so far, and texts in them."""
         told = asyncio.run(self.get("/metrics"))
         return tuple(float(re.search(rf"batch_texts_{name} (\S+)", told)[1]) for name in ("count", "sum"))
+
+    def cpu_seconds(self) -> float:
+        """Processor time so far, which other work on the machine hardly changes; NaN where the system does not tell."""
+        with contextlib.suppress(FileNotFoundError):
+            told = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+        return math.nan
 
     def memory(self) -> int | None:
         """Resident MiB, where the system tells."""
@@ -137,14 +145,16 @@ def measure(servers: dict[str, Server], clients: list[int], requests: list[dict]
     seconds = {(count, name): [] for count in clients for name in servers}
     latencies = {key: [] for key in seconds}
     sizes = {key: [0.0, 0.0] for key in seconds}
+    cpu = dict.fromkeys(seconds, 0.0)
     for server in servers.values():
         asyncio.run(load(server, 8, requests[:32]))  # warm-up
     for round in range(rounds):
         for count, name in seconds:
-            before = servers[name].batches()
+            before, cpu_before = servers[name].batches(), servers[name].cpu_seconds()
             taken, each = asyncio.run(load(servers[name], count, requests))
             seconds[count, name].append(taken)
             latencies[count, name] += each
+            cpu[count, name] += servers[name].cpu_seconds() - cpu_before
             sizes[count, name] = [a + b - c for a, b, c in zip(sizes[count, name], servers[name].batches(), before)]
             print(f"round {round + 1}: {count} clients, {name}: {len(requests) / taken:.1f}/s", file=sys.stderr)
     return [
@@ -154,6 +164,7 @@ def measure(servers: dict[str, Server], clients: list[int], requests: list[dict]
             "requests_per_second": len(requests) / statistics.median(seconds[count, name]),
             "median_ms": 1e3 * statistics.median(latencies[count, name]),
             "p99_ms": 1e3 * statistics.quantiles(latencies[count, name], n=100)[98],
+            "server_cpu_ms_per_request": 1e3 * cpu[count, name] / rounds / len(requests),
             "texts_per_batch": sizes[count, name][1] / sizes[count, name][0],
         }
         for count, name in seconds
@@ -206,9 +217,11 @@ def main(argv: list[str] | None = None) -> dict:
         }
         if args.memory_requests:
             results["memory_mib"] = memory_over_time(servers["batched"], texts, args.memory_requests)
-    print(f"{'clients':>8} {'server':>14} {'requests/s':>11} {'median ms':>10} {'p99 ms':>8} {'texts/batch':>12}")
+    print(
+        f"{'clients':>8} {'server':>14} {'requests/s':>11} {'median ms':>10} {'p99 ms':>8} {'CPU ms':>8} {'texts/batch':>12}"
+    )
     for row in results["rows"]:
-        print("{:8} {:>14} {:11.1f} {:10.1f} {:8.1f} {:12.1f}".format(*row.values()))
+        print("{:8} {:>14} {:11.1f} {:10.1f} {:8.1f} {:8.1f} {:12.1f}".format(*row.values()))
     if args.output:
         write_json(args.output, results)
     print(json.dumps(results))
