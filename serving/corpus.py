@@ -290,7 +290,9 @@ def write_vectors(
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*[Cc]heckpointing will be disabled")
-        encoded.write_parquet(f"{output.uri}/data", schema=schema_of(options, fingerprint))
+        # Hardly two numbers in float32 are equal: a dictionary of them would be half as large again in small files.
+        how = {"schema": schema_of(options, fingerprint), "use_dictionary": options["precision"] != "float32"}
+        encoded.write_parquet(f"{output.uri}/data", **how)
 
 
 def embed_corpus(args: argparse.Namespace) -> None:

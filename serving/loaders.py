@@ -182,6 +182,8 @@ def load_faiss(vectors: Vectors, uri: str, name: str, index: str) -> int:
         bare = faiss.IndexHNSWSQ(dim, quantizer, 32, product)
     else:
         bare = faiss.IndexScalarQuantizer(dim, quantizer, product)
+    if is_hnsw:
+        bare.hnsw.efSearch = 128  # candidates of a search, kept in the file; with FAISS's 16 a third is not found
     mapped = (faiss.IndexBinaryIDMap2 if is_binary else faiss.IndexIDMap2)(bare)
     names, numbers = [], []
     for ids, found, _ in vectors.batches():
