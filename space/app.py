@@ -80,7 +80,7 @@ She plays the cello in an amateur orchestra.
 Interest rates were left unchanged this month."""
 SYMMETRIC = "Retrieve semantically similar text"
 
-# What WCAG 2 asks for, 4.5:1 between text and ground.
+# So that text and ground differ by 4.5:1, as WCAG 2 asks for.
 COLOURS = dict(
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
@@ -219,6 +219,7 @@ class Demo:
         return heat_map_html(texts, vectors @ vectors.T), self.facts({f"{len(texts)} texts": milliseconds}, size, cut)
 
     def facts(self, milliseconds: dict[str, float], size: int, cut: int) -> str:
+        """One line for the visitor; nothing is cut silently."""
         told = [f"{name}: {value:.{0 if value >= 10 else 2}f} ms" for name, value in milliseconds.items()]
         told.append(f"{size} of {self.model.config.embedding_size} numbers per vector")
         if cut:
@@ -289,17 +290,8 @@ def build(demo: Demo) -> gr.Blocks:
     instruction = demo.model.config.query_instruction or "Given a question, retrieve passages that answer the question"
 
     def size_slider(elem_id: str) -> gr.Slider:
-        info = "Fewer numbers take less memory, and tell texts apart less well."
-        slider = gr.Slider(
-            min(16, largest),
-            largest,
-            largest,
-            step=8,
-            precision=0,
-            label="Size of a vector",
-            info=info,
-            elem_id=elem_id,
-        )
+        text = dict(label="Size of a vector", info="Fewer numbers take less memory, and tell texts apart less well.")
+        slider = gr.Slider(min(16, largest), largest, largest, step=8, precision=0, elem_id=elem_id, **text)
         # While a number is typed into its field, that is empty, or holds one out of range.
         slider.preprocess = lambda size: round(min(max(size or 0, slider.minimum), slider.maximum))
         return slider
