@@ -284,7 +284,8 @@ hostile = st.lists(pieces | st.text(max_size=8), max_size=8).map("".join)
 @pytest.fixture(scope="module", params=LAYOUTS)
 def two_ways(request, tiny_model, float32_dir, tmp_path_factory):
     """A processor, and a runtime that lays out rows as it should."""
-    settings_ = {"contextual_token_id": tiny_model.config.contextual_token_id, **LAYOUTS[request.param]}
+    settings_ = {"contextual_token_id": tiny_model.config.contextual_token_id, "icl_max_seq_length": 200}
+    settings_ |= LAYOUTS[request.param]
     old = tiny_model.processor
     processor = Causal2VecProcessor(old.tokenizer, old.encoder_tokenizer, **settings_)
     model = copy.copy(tiny_model)
