@@ -168,8 +168,9 @@ def test_int8(int8_dir, float32_dir, tiny_model):
         assert cosines(found, tiny_model.encode(TEXTS, instruction=instruction)).min() > 0.98
         alone = [runtime.encode(text, instruction) for text in TEXTS]
         assert cosines(found, np.stack(alone)).min() > 0.9999  # the texts beside it do not change a vector
-    sizes = [(folder / "model.onnx").stat().st_size for folder in (int8_dir, float32_dir)]
-    assert sizes[0] < sizes[1]
+    files = [(folder / "model.onnx").read_bytes() for folder in (int8_dir, float32_dir)]
+    assert len(files[0]) < len(files[1])
+    assert not any(str(ROOT).encode() in file or b"site-packages" in file for file in files)  # no path of this machine
     config = json.loads((int8_dir / "onnx_config.json").read_text(encoding="utf-8"))
     assert config["weights"] == "int8" and config["check"]["cosine"] >= 0.98
 
@@ -354,8 +355,9 @@ def test_vectors_that_differ_leave_the_folder_as_it_was(float32_dir, saved_dir, 
     shutil.copytree(float32_dir, out := tmp_path / "out")
     assert main(["export", str(saved_dir), str(out)]) == 2
     assert "not the model's" in capsys.readouterr().err
-    before, after = ({p.name: p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (float32_dir, out))
-    assert before == after and len(after) == 5
+    files = [path.relative_to(float32_dir) for path in float32_dir.rglob("*") if path.is_file()]
+    assert len(files) == len([path for path in out.rglob("*") if path.is_file()]) == 5
+    assert all((out / file).read_bytes() == (float32_dir / file).read_bytes() for file in files)
 
 
 def test_weights_that_one_file_cannot_hold(graph, float32_dir, runtime, tmp_path, monkeypatch):
@@ -363,7 +365,7 @@ def test_weights_that_one_file_cannot_hold(graph, float32_dir, runtime, tmp_path
     shutil.copytree(float32_dir, out := tmp_path / "out")
     (out / "model.onnx").unlink()
     save_graph(copy.deepcopy(graph), out / "model.onnx")
-    assert (out / "model.onnx.data").stat().st_size > 4 * (out / "model.onnx").stat().st_size / 10
+    assert (out / "model.onnx.data").stat().st_size > 100_000
     assert np.array_equal(Causal2VecONNX(out, num_threads=1).encode(TEXTS), runtime.encode(TEXTS))
 
 
