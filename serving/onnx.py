@@ -62,6 +62,8 @@ def export(
     from serving.check import TOLERANCE
     from serving.loading import load_model
 
+    if float32 and not int8:
+        raise ValueError("`float32` names what int8 leaves as it is; without int8 all of the graph is float32.")
     loaded = load_model(model, revision=revision, device="cpu")
     dim = loaded.config.embedding_size if truncate_dim is None else truncate_dim
     check_truncate_dim(dim, loaded.config.embedding_size)
