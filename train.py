@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code
 from training.arguments import Causal2VecTrainingArguments, DataArguments, ModelArguments, check_arguments, parse
 from training.data import (
     Collator,

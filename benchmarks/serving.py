@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform
 import re
 import statistics
@@ -32,7 +33,7 @@ SERVERS = {"batched": [], "one at a time": ["--batch_size", "1"]}
 class Server:
     """A process that serves a model."""
 
-    def __init__(self, model: str, arguments: list[str]):
+    def __init__(self, model: str, arguments: list[str], threads: int | None):
         command = [
             sys.executable,
             "-m",
@@ -45,7 +46,8 @@ class Server:
             "0",
             *arguments,
         ]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> "Server":
         if not (found := re.search(r"://(.+):(\d+)/v1", self.process.stdout.readline())):
@@ -161,7 +163,7 @@ def measure(servers: dict[str, Server], clients: list[int], requests: list[dict]
 def memory_over_time(server: Server, texts: list[str], count: int) -> dict[str, int | None]:
     """Resident MiB after a tenth of some requests of many kinds, and after all."""
     requests = [
-        {"input": texts[i % 50 : i % 50 + 1 + i % 4], "instruction": f"Task {i % 500}", "dimensions": 1 + i % 100}
+        {"input": texts[i % len(texts)], "instruction": f"Task {i % 200}", "dimensions": 1 + i % 100}
         for i in range(count)
     ]
     told = {}
@@ -177,6 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--requests", type=int, default=256, help="per round (default: 256)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of each server's model (default: torch's)")
     parser.add_argument("--memory_requests", type=int, default=5000, help="0 leaves memory out (default: 5000)")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
@@ -189,13 +192,15 @@ def main(argv: list[str] | None = None) -> dict:
         for i in range(args.requests)
     ]
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(Server(args.model, options)) for name, options in SERVERS.items()}
+        servers = {
+            name: stack.enter_context(Server(args.model, options, args.threads)) for name, options in SERVERS.items()
+        }
         difference = largest_difference(servers, [{**fields, "encoding_format": "float"} for fields in requests[:32]])
         if difference > 1e-5:
             raise ValueError(f"The servers' vectors differ by {difference:.1g}, which is more than 1e-5.")
         results = {
-            "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
-            "arguments": {"requests": args.requests, "rounds": args.rounds},
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "arguments": {name: getattr(args, name) for name in ("requests", "rounds", "threads", "memory_requests")},
             "largest_difference": difference,
             "rows": measure(servers, args.clients, requests, args.rounds),
         }

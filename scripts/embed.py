@@ -22,17 +22,16 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
 from scripts.index import BATCH, Index, UnreadableFile, Update, check_name, locked
 from scripts.passages import Found, Passage, Splitters, default_tokens, examine, read_passages, walk
 from scripts.tables import KINDS, read_rows
 from scripts.writers import Parts, check_output
-from serving.loading import load_model
+from serving.loading import DTYPES, load_model
 from serving.precision import PRECISIONS, check_precision, store
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def search(args: argparse.Namespace) -> None:
@@ -115,6 +114,7 @@ def index(args: argparse.Namespace) -> None:
         there = Index(args.db) if Path(args.db).exists() else None
         model = load_model(args.model, args.dtype, args.revision)
         limits = {"max_length": args.max_length, "truncate_dim": args.truncate_dim}
+        quiet = {"batch_size": args.batch_size, "truncation": "silent", "show_progress_bar": False}
         fingerprint = model.fingerprint(args.instruction, **limits)
         if there is None:
             tokens = args.passage_tokens or default_tokens(model.processor.limits(args.max_length))
@@ -124,8 +124,7 @@ def index(args: argparse.Namespace) -> None:
             raise ValueError(f"The passages of {args.db} have {there.tokens} tokens. Another --db can have others.")
 
         def embed(texts: list[str]):
-            limits["batch_size"] = args.batch_size
-            return model.encode(texts, instruction=args.instruction, truncation="silent", **limits)
+            return model.encode(texts, instruction=args.instruction, **quiet, **limits)
 
         update = Update(there, embed, Splitters(model.processor.tokenizer, there.tokens), args.text_column)
         new, empty = [path for path in found.files if update.is_new(path)], 0
@@ -143,8 +142,7 @@ def index(args: argparse.Namespace) -> None:
             update.write()
         gone = update.gone([os.path.abspath(root) for root in args.files], found.files, [*found.unreadable])
         there.drop(gone)
-        if changed or gone:
-            there.finish()
+        there.finish()
         tell_truncated(model, update.embedded, args.max_length)
         tell_found(found, update.guessed, empty)
         print(
@@ -177,6 +175,7 @@ def encode(args: argparse.Namespace) -> None:
 
     model = load_model(args.model, args.dtype, args.revision)
     limits = {"max_length": args.max_length, "truncate_dim": args.truncate_dim, "normalize_embeddings": args.normalize}
+    quiet = {"batch_size": args.batch_size, "truncation": "silent", "show_progress_bar": False}
     fingerprint = model.fingerprint(args.instruction, **limits)
     check_precision(args.precision, fingerprint["dimensions"])
     settings = {"fingerprint": fingerprint, "precision": args.precision, "text_column": args.text_column}
@@ -184,9 +183,7 @@ def encode(args: argparse.Namespace) -> None:
     with Parts(output, settings, args.embedding_column) as parts, tqdm(unit=" texts", disable=None) as progress:
         for number, rows in enumerate(chain([first], windows), 1):
             if not parts.has(number - 1, rows):
-                vectors = model.encode(
-                    rows.texts, instruction=args.instruction, batch_size=args.batch_size, truncation="silent", **limits
-                )  # (rows, dim)
+                vectors = model.encode(rows.texts, instruction=args.instruction, **quiet, **limits)  # (rows, dim)
                 parts.write(number - 1, rows, store(vectors, args.precision))
                 encoded += len(rows.texts)
             progress.update(len(rows.texts))
@@ -224,14 +221,12 @@ def tell_found(found: Found, guessed: Iterable[str], empty: int = 0) -> None:
 
 def refuse_unreadable(errors: dict[str, str]) -> None:
     """Raises ValueError that names what could not be read; all else has been."""
-    if len(errors) == 1:
-        raise ValueError(
-            *(error if path in error else f"Cannot read {path}: {error}" for path, error in errors.items())
-        )
-    if errors:
-        for path, error in errors.items():
-            print(f"embed: {error if path in error else f'Cannot read {path}: {error}'}", file=sys.stderr)
-        raise ValueError(f"{len(errors)} files could not be read; all others were.")
+    told = [error if path in error else f"Cannot read {path}: {error}" for path, error in errors.items()]
+    if len(told) == 1:
+        raise ValueError(told[0])
+    if told:
+        print(*(f"embed: {line}" for line in told), sep="\n", file=sys.stderr)
+        raise ValueError(f"{len(told)} files could not be read; all others were.")
 
 
 def tell_truncated(model, total: int, max_length: int | None) -> None:
@@ -241,13 +236,6 @@ def tell_truncated(model, total: int, max_length: int | None) -> None:
     if model.truncated:
         told = describe_cut(model.truncated, total, model.processor.limits(max_length))
         print(f"embed: {told}", file=sys.stderr)
-
-
-def positive(value: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from serving.vectors import KEY, check_fingerprint
 
 BATCH = 512  # passages that are embedded and written at a time
 APPROXIMATE_FROM = 200_000  # passages, from which on a search that reads every vector takes too long
+PROBES = 64  # parts of that index, of about the square root of all passages, that a search reads
+KEPT = timedelta(minutes=10)  # how long a search that is under way finds what has been replaced
 TOKENS = b"causal2vec.passage_tokens"
 FTS_COLUMN, VECTOR_COLUMN = "text", "vector"
 
@@ -69,6 +72,7 @@ class Index:
         """A new, empty table for vectors of this fingerprint and passages of at most so many tokens."""
         lancedb, name = needs("lancedb", "lancedb", "Indexes"), check_name(path)
         import pyarrow as pa
+        from lancedb.index import FTS
 
         fields = [
             ("path", pa.string()),
@@ -83,7 +87,8 @@ class Index:
             ("mtime_ns", pa.int64()),
         ]
         metadata = {KEY: json.dumps(fingerprint), TOKENS: str(tokens)}
-        lancedb.connect(name.parent).create_table(name.stem, schema=pa.schema(fields, metadata=metadata))
+        table = lancedb.connect(name.parent).create_table(name.stem, schema=pa.schema(fields, metadata=metadata))
+        table.create_index(FTS_COLUMN, config=FTS())
         return cls(path)
 
     def check(self, fingerprint: dict, ignore: Sequence[str] = ()) -> None:
@@ -101,6 +106,7 @@ class Index:
         """
         The passages nearest to a vector, best first; with `text`, those that have its words too, by reciprocal rank fusion.
         """
+        self.table.checkout_latest()
         columns = ["path", "line", "page", FTS_COLUMN]
         if text is None or not text.strip():
             query = self.table.search(vector, vector_column_name=VECTOR_COLUMN).distance_type("cosine")
@@ -110,7 +116,7 @@ class Index:
 
             query = self.table.search(query_type="hybrid", vector_column_name=VECTOR_COLUMN, fts_columns=FTS_COLUMN)
             query = query.vector(vector).text(text).distance_type("cosine").rerank(RRFReranker())
-        rows = query.limit(top_k).to_list()
+        rows = query.nprobes(PROBES).limit(top_k).to_list()
         scores = [row["_relevance_score"] if "_relevance_score" in row else 1 - row["_distance"] for row in rows]
         return [Hit(score, *(row[name] for name in columns)) for score, row in zip(scores, rows, strict=True)]
 
@@ -132,15 +138,13 @@ class Index:
             self.table.delete(f"path IN ({', '.join(map(quote, paths[start : start + 500]))})")
 
     def finish(self) -> None:
-        """Brings the full-text index up to date, and that of the vectors, which a large table gets."""
-        from lancedb.index import FTS, IvfFlat
+        """Joins small files, and brings the full-text index up to date and that of the vectors, which a large table gets."""
+        from lancedb.index import IvfFlat
 
-        indexes = {column for index in self.table.list_indices() for column in index.columns}
-        if FTS_COLUMN not in indexes:
-            self.table.create_index(FTS_COLUMN, config=FTS())
-        if VECTOR_COLUMN not in indexes and self.count() >= APPROXIMATE_FROM:
-            self.table.create_index(VECTOR_COLUMN, config=IvfFlat(distance_type="cosine"))
-        self.table.optimize()
+        self.table.optimize(cleanup_older_than=KEPT)
+        indexed = {column for index in self.table.list_indices() for column in index.columns}
+        if VECTOR_COLUMN not in indexed and self.count() >= APPROXIMATE_FROM:
+            self.table.create_index(VECTOR_COLUMN, config=IvfFlat(distance_type="cosine", sample_rate=64))
 
 
 class Update:
@@ -162,8 +166,11 @@ class Update:
 
     def is_new(self, path: str) -> bool:
         """Whether a file has another size or time of change than the one in the index, or is there in part."""
-        there, versions = os.stat(path), [*self.known.get(path, {}).values()]
-        known = [(row["last"], row["size"], row["mtime_ns"]) for row in versions]
+        try:
+            there = os.stat(path)
+        except OSError:  # which `add` tells
+            return True
+        known = [(row["last"], row["size"], row["mtime_ns"]) for row in self.known.get(path, {}).values()]
         return known != [(True, there.st_size, there.st_mtime_ns)]
 
     def add(self, path: str) -> int:

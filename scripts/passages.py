@@ -220,7 +220,8 @@ def read_parts(file: io.TextIOBase) -> Iterator[str]:
             yield rest[:end]
             rest = rest[end:]
     except UnicodeError as error:
-        raise ValueError(f"{file.name} is no text in {file.encoding}: {error}.") from error
+        tried = "neither UTF-8 nor Windows-1252" if file.encoding == "cp1252" else f"no {file.encoding.upper()}"
+        raise ValueError(f"{file.name} is {tried}: {error}") from error
     if rest:
         yield rest
 
@@ -265,4 +266,4 @@ def convert(path: str, encoding: str | None) -> str:
         logging.getLogger("pdfminer").setLevel(logging.ERROR)  # its warnings name no file
         return getattr(converters, name)().convert(io.BytesIO(data), StreamInfo(charset=charset)).markdown
     except Exception as error:  # the readers raise errors of all kinds on a damaged file
-        raise ValueError(f"Cannot read {path}: {error or type(error).__name__}.") from error
+        raise ValueError(f"Cannot read {path}: {str(error) or type(error).__name__}") from error

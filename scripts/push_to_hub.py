@@ -22,7 +22,7 @@ from pathlib import Path
 
 from configuration_causal2vec import Causal2VecConfig
 from saving_utils import EVAL_RESULTS, REPLACED, SHIPPED_CODE, check_adapter_base, code_hashes, is_weights, read_json
-from scripts.exits import TOLD, exit_code
+from scripts.cli import TOLD, exit_code
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".npz", ".pyc")

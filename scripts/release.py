@@ -4,7 +4,8 @@
 
 Weights are stored as float16 in shards of at most 90 MB, and read as float32: half the download, and full-precision
 arithmetic unless a user asks for another `dtype`. The root's code, card and instructions stay; of the card only the
-hashes of the code are refreshed. All files are moved in at the end, so an error leaves the old checkpoint whole.
+hashes of the code are refreshed. All files are moved in at the end, so an error leaves the old checkpoint whole. The golden
+vectors are then of other weights: `python -m serving.check --make`, and its engines again.
 """
 
 import argparse

@@ -105,6 +105,8 @@ class Parts:
         """The table with its vectors as the last column."""
         import pyarrow as pa
 
+        if self.column in table.column_names:
+            raise ValueError(f"The input has a column {self.column!r} already: name another --embedding_column.")
         of = arrow_type(self.settings["fingerprint"]["dimensions"], self.settings["precision"])
         flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), of.value_type)
         return table.append_column(self.column, pa.FixedSizeListArray.from_arrays(flat, of.list_size))

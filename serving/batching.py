@@ -70,16 +70,12 @@ class Batcher:
         batch_size: int = 128,
         max_batch_tokens: int = 16384,
         max_waiting_tokens: int = 1_000_000,
-        on_batch: Callable[[int, float], None] = lambda rows, seconds: None,
+        on_batch: Callable[[int, float], object] = lambda rows, seconds: None,
     ):
         self.model, self.device = model, device_of(model.get_input_embeddings())
-        self.batch_size, self.max_batch_tokens, self.max_waiting_tokens = (
-            batch_size,
-            max_batch_tokens,
-            max_waiting_tokens,
-        )
+        self.batch_size, self.max_batch_tokens = batch_size, max_batch_tokens
+        self.max_waiting_tokens, self.waiting_tokens = max_waiting_tokens, 0
         self.on_batch = on_batch
-        self.waiting_tokens = 0
         cache = model.prefix_cache
         self._count_prefix = not cache.enabled or cache.scan(model).is_offloaded()
         self._jobs: deque[Job] = deque()

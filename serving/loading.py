@@ -3,6 +3,8 @@
 No code that stands beside the weights is run.
 """
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")  # "auto": as saved
+
 
 def load_model(model: str, dtype: str = "float32", revision: str | None = None, device=None):
     """

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code
 
 
 LIMIT = 2**31 - 2**20  # bytes that a protobuf file may have, less some for the graph

@@ -23,12 +23,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from scripts.exits import exit_code
+from scripts.cli import exit_code, positive
+from serving.loading import DTYPES, load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY_VARIABLE = "CAUSAL2VEC_API_KEY"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 FIELDS = {  # of a request
     "model": str,
     "input": (str, list),
@@ -50,20 +50,22 @@ TOKENS_REFUSED = (
 )
 
 
-def limit(default: int, told: str) -> int:
-    return field(default=default, metadata={"help": told})
+def most(default: int, of_what: str) -> int:
+    return field(default=default, metadata={"of_what": of_what})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all that are under way, may ask for."""
+    """What one request, all that are under way, and one forward pass may have."""
 
-    max_inputs: int = limit(2048, "texts per request")
-    max_tokens: int = limit(300_000, "tokens per request")
-    max_body_bytes: int = limit(8 * 2**20, "bytes per request")
-    max_body_seconds: int = limit(30, "seconds for a request to come in")
-    max_requests: int = limit(512, "requests at a time; others are told to come back")
-    max_waiting_tokens: int = limit(1_000_000, "tokens that wait for the model; likewise")
+    max_inputs: int = most(2048, "texts per request")
+    max_tokens: int = most(300_000, "tokens per request")
+    max_body_bytes: int = most(4 * 2**20, "bytes per request")
+    max_body_seconds: int = most(30, "seconds for a request to come in")
+    max_requests: int = most(256, "requests at a time; others are told to come back")
+    max_waiting_tokens: int = most(1_000_000, "tokens that wait for the model; likewise")
+    batch_size: int = most(128, "texts per forward pass")
+    max_batch_tokens: int = most(16384, "tokens per forward pass")
 
 
 class ApiError(Exception):
@@ -151,7 +153,7 @@ def render(vectors, encoding_format: str, told: dict) -> bytes:
 class Service:
     """What stands between HTTP and the batcher: a request's texts become a job, and its vectors an answer."""
 
-    def __init__(self, model, name: str, limits: Limits, batch_size: int, max_batch_tokens: int):
+    def __init__(self, model, name: str, limits: Limits):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         from serving.batching import Batcher
@@ -169,8 +171,8 @@ class Service:
         self.texts = Counter("causal2vec_texts", "Texts embedded", registry=of)
         self.tokens = Counter("causal2vec_tokens", "Decoder tokens of them", registry=of)
         self.truncated = Counter("causal2vec_truncated_texts", "Texts read in part only", registry=of)
-        sizes = [2**power for power in range(11)]
-        batches = Histogram("causal2vec_batch_texts", "Texts per forward pass", buckets=sizes, registry=of)
+        powers = [2**power for power in range(11)]
+        batches = Histogram("causal2vec_batch_texts", "Texts per forward pass", buckets=powers, registry=of)
         busy = Counter("causal2vec_model_seconds", "Time in forward passes", registry=of)
         waiting = Gauge("causal2vec_waiting_tokens", "Tokens that wait for the model", registry=of)
 
@@ -178,7 +180,8 @@ class Service:
             batches.observe(rows)
             busy.inc(seconds)
 
-        self.batcher = Batcher(model, batch_size, max_batch_tokens, limits.max_waiting_tokens, on_batch)
+        sizes = limits.batch_size, limits.max_batch_tokens, limits.max_waiting_tokens
+        self.batcher = Batcher(model, *sizes, on_batch)
         waiting.set_function(lambda: self.batcher.waiting_tokens)
 
     async def embed(self, request) -> bytes:
@@ -265,21 +268,13 @@ class Service:
         return {"id": name, "object": "model", **owner, "fingerprint": fingerprint}
 
 
-def create_app(
-    model,
-    name: str,
-    api_key: str | None = None,
-    limits: Limits = Limits(),
-    batch_size: int = 128,
-    max_batch_tokens: int = 16384,
-):
+def create_app(model, name: str, api_key: str | None = None, limits: Limits = Limits()):
     """
     Args:
         model ([`Causal2VecModel`]): In eval mode, and left alone meanwhile.
         name (`str`): The id by which clients ask for it.
         api_key (`str`, *optional*): What clients of `/v1` must send.
         limits ([`Limits`], *optional*): Requests beyond them are refused.
-        batch_size, max_batch_tokens (`int`): Most texts, and most tokens, per forward pass.
 
     Returns:
         The ASGI application; its `state.service` is the [`Service`].
@@ -289,7 +284,7 @@ def create_app(
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    service = Service(model, name, limits, batch_size, max_batch_tokens)
+    service = Service(model, name, limits)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -357,13 +352,6 @@ def create_app(
     return app
 
 
-def positive(value: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not value.isdecimal() or int(value) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
-    return int(value)
-
-
 def build_parser() -> argparse.ArgumentParser:
     about = f"{__doc__.split(chr(10))[0]} With {KEY_VARIABLE} set, clients must send that key."
     parser = argparse.ArgumentParser(prog="python -m serving.server", description=about)
@@ -374,10 +362,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, for this machine alone)")
     add("--port", type=int, default=8000, help="port to listen at; 0 for one that is free (default: 8000)")
     add("--dtype", choices=DTYPES, default="float32", help="of the computation; auto: as saved (default: float32)")
-    add("--batch_size", type=positive, default=128, help="most texts per forward pass (default: 128)")
-    add("--max_batch_tokens", type=positive, default=16384, help="most tokens per forward pass (default: 16384)")
     for limit in fields(Limits):
-        told = f"most {limit.metadata['help']} (default: {limit.default})"
+        told = f"most {limit.metadata['of_what']} (default: {limit.default})"
         add(f"--{limit.name}", type=positive, default=limit.default, help=told)
     return parser
 
@@ -391,7 +377,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port, *address[2:]))  # getaddrinfo takes a port modulo 65536
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f"Cannot listen at {host}, port {port}: {error}. Choose others with --host, --port."
+            f"Cannot listen at {host}, port {port}: {str(error).rstrip('.')}. Choose others with --host, --port."
         ) from error
     return listener
 
@@ -408,17 +394,17 @@ def serve(args: argparse.Namespace) -> None:
     with bind(args.host, args.port) as listener:  # before memory is taken for a model
         import uvicorn
 
-        from serving.loading import load_model
-
         model = load_model(args.model, args.dtype, args.revision)
         name = args.name or (Path(args.model).resolve().name if Path(args.model).is_dir() else args.model)
         limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
-        app = create_app(model, name, api_key, limits, args.batch_size, args.max_batch_tokens)
+        app = create_app(model, name, api_key, limits)
         host, port = listener.getsockname()[:2]
         print(f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if api_key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
             print(f"server: whoever reaches {args.host} can use it; {KEY_VARIABLE} asks for a key", file=sys.stderr)
-        uvicorn.Server(uvicorn.Config(app, ws="none", access_log=False, log_level="warning")).run([listener])
+        # Kept longer than clients keep connections, or one would be closed just when it is used again.
+        config = uvicorn.Config(app, ws="none", access_log=False, log_level="warning", timeout_keep_alive=65)
+        uvicorn.Server(config).run([listener])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -113,6 +113,26 @@ def test_what_is_no_vector_never_passes(golden):
     assert difference > 0.01 and cosine < 0.9
 
 
+def test_a_server(golden, tiny_model, other_model, capsys):
+    """With openai's client, over a socket; a server says which model it has."""
+    for name in ("openai", "fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(name)
+    from app_server import running
+
+    from serving.server import create_app
+
+    with running(create_app(tiny_model, "tiny")) as url:
+        assert main(["server", "--model", f"{url}/v1", "--golden", golden]) == 0
+        assert f"{len(ROWS) - 1} texts" in capsys.readouterr().out
+        rows = read_golden(check.Path(golden))["rows"]
+        rows[0]["vector"][0] += 1e-3
+        change(golden, rows=rows)
+        assert main(["server", "--model", f"{url}/v1", "--golden", golden]) == 1
+    with running(create_app(other_model, "tiny")) as url:
+        assert main(["server", "--model", f"{url}/v1", "--golden", golden]) == 2
+    assert "another model's" in capsys.readouterr().err
+
+
 def test_a_server_that_is_not_there_is_told(golden, capsys):
     pytest.importorskip("openai")
     assert main(["server", "--model", "http://127.0.0.1:9/v1", "--golden", golden]) == 2

@@ -121,6 +121,8 @@ def test_configuration_and_tokenizers(make_model, tiny_model):
 
     model = copy.deepcopy(tiny_model)
     tokenizer = copy.deepcopy(model.processor.tokenizer)
+    model.processor.tokenizer("a text", truncation=True, max_length=5, padding="max_length")  # which it remembers
+    assert model.fingerprint() == expected
     tokenizer.add_tokens(["protein"])
     model.processor = Causal2VecProcessor.from_config(model.config, tokenizer, model.processor.encoder_tokenizer)
     assert differing(model.fingerprint(), expected) == {"tokenizers"}

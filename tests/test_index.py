@@ -141,6 +141,7 @@ def test_an_interruption_loses_the_batch_in_hand_alone(db, docs, splitters, monk
     with pytest.raises(KeyboardInterrupt):
         bring_up(db, docs, splitters, interrupted)
     assert len(interrupted.texts) == stop == len(content(db))
+    assert stop == 0 or any("alpha" in hit.text for hit in Index(db).search(embed(["beta"])[0], 99, "alpha"))
     resumed = bring_up(db, docs, splitters)
     assert len(interrupted.texts) + len(resumed.texts) == len(content(db)) > 16
     whole = str(Path(db).with_name("whole.lance"))
@@ -199,6 +200,14 @@ def test_a_file_that_fails_half_way_leaves_nothing(db, docs, splitters, monkeypa
         update.add(str(bad))
     update.write()
     assert content(db) == before and update.embedded >= 4 and not update.is_new(good) and update.is_new(str(bad))
+
+
+def test_a_file_that_goes_meanwhile_is_named(db, docs, splitters):
+    update = Update(Index.create(db, FINGERPRINT, 20), embed, splitters, "text")
+    gone = str(docs / "gone.txt")
+    assert update.is_new(gone)
+    with pytest.raises(UnreadableFile, match="No such file or directory: .*gone.txt"):
+        update.add(gone)
 
 
 def test_what_embedding_raises_is_not_the_files_fault(db, docs, splitters):

@@ -3,12 +3,14 @@
 Skipped only where a package is not installed: pip install -e ".[integrations]".
 """
 
+import asyncio
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TEXTS
+from conftest import ROOT, TEXTS
 
 
 pytest.importorskip("sentence_transformers")
@@ -39,27 +41,25 @@ def close(first, second) -> bool:
     return np.abs(np.asarray(first) - second).max() < 1e-6
 
 
-def test_langchain(saved_dir, documents, query):
-    HuggingFaceEmbeddings = pytest.importorskip("langchain_huggingface").HuggingFaceEmbeddings
-    embeddings = HuggingFaceEmbeddings(
-        model_name=str(saved_dir),
-        model_kwargs={"trust_remote_code": True, "device": "cpu"},
-        query_encode_kwargs={"prompt_name": "query"},
+@pytest.fixture
+def langchain_embeddings(tiny_model):
+    """As docs/integrations.md has it."""
+    embeddings = pytest.importorskip("langchain_core.embeddings")
+    (code,) = re.findall(
+        r"^class \w+\(Embeddings\):\n(?: .*\n|\n)+", (ROOT / "docs" / "integrations.md").read_text(), re.M
     )
-    assert close(embeddings.embed_documents(TEXTS), documents)
-    assert close(embeddings.embed_query(QUESTION), query)
+    names = {"Embeddings": embeddings.Embeddings}
+    exec(compile(code, "integrations.md", "exec"), names)
+    return names["Causal2VecEmbeddings"](tiny_model)
 
 
-def test_langchain_vector_store(saved_dir, best):
-    HuggingFaceEmbeddings = pytest.importorskip("langchain_huggingface").HuggingFaceEmbeddings
+def test_langchain(langchain_embeddings, documents, query, best):
     from langchain_core.vectorstores import InMemoryVectorStore
 
-    embeddings = HuggingFaceEmbeddings(
-        model_name=str(saved_dir),
-        model_kwargs={"trust_remote_code": True, "device": "cpu"},
-        query_encode_kwargs={"prompt_name": "query"},
-    )
-    store = InMemoryVectorStore(embeddings)
+    assert close(langchain_embeddings.embed_documents(TEXTS), documents)
+    assert close(langchain_embeddings.embed_query(QUESTION), query)
+    assert close(asyncio.run(langchain_embeddings.aembed_query(QUESTION)), query)
+    store = InMemoryVectorStore(langchain_embeddings)
     store.add_texts(TEXTS)
     found = store.similarity_search(QUESTION, k=3)
     assert [document.page_content for document in found] == [TEXTS[i] for i in best[:3]]

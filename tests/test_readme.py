@@ -22,9 +22,7 @@ from saving_utils import LIBRARY, PIPELINE_TAG, code_hashes
 
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = "\n".join(
-    path.read_text(encoding="utf-8") for path in [*ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
-)
+DOCS = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATHS = ("path/to/clone", "path/to/this/folder", "path or id")  # what a reader replaces
 SERVER = "http://127.0.0.1:8000"  # what `python -m serving.server` says

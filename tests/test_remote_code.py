@@ -288,12 +288,12 @@ class TestSource:
     def test_imports_go_one_way(self):
         """
         What is shipped needs nothing else here; evaluation needs no training, and neither of them needs a script, but for
-        exits.py, which needs nothing.
+        cli.py, which needs nothing.
         """
         folders = {name: {f"{name}/{path.name}" for path in (ROOT / name).glob("*.py")} for name in FOLDERS}
         assert reached(SHIPPED) == set(SHIPPED)
         for place, name in enumerate(FOLDERS):
-            above = set().union(*(folders[other] for other in FOLDERS[place + 1 :])) - {"scripts/exits.py"}
+            above = set().union(*(folders[other] for other in FOLDERS[place + 1 :])) - {"scripts/cli.py"}
             assert len(folders[name]) > 1 and not reached(folders[name]) & above, name
 
     def test_imports(self, tree):

@@ -8,6 +8,7 @@ from conftest import TEXTS
 
 from benchmarks import storage
 from evaluation.identity import folder_identity
+from serving import precision
 
 
 pytest.importorskip("sentence_transformers")
@@ -33,6 +34,12 @@ def test_precisions(vectors):
     binary = storage.store(vectors, "binary", ranges)
     equal = ((vectors[:, None] > 0) == (vectors[None] > 0)).mean(-1)  # share of equal signs
     assert np.abs(binary @ binary.T - (2 * equal - 1)).max() < 1e-6
+
+
+def test_binary_is_stored_as_sentence_transformers_does(vectors):
+    from sentence_transformers.util import quantize_embeddings
+
+    assert (precision.store(vectors, "binary") == quantize_embeddings(vectors, "ubinary")).all()
 
 
 def test_table_and_picture(tmp_path):

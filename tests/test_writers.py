@@ -142,6 +142,13 @@ def test_parquet_rows_stay_what_they_are(tmp_path):
     assert found["id"].to_pylist() == [1, None] and to_table(table) is table
 
 
+def test_a_column_of_that_name_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    with Parts(tmp_path / "a.parquet", settings(), "id") as parts:
+        with pytest.raises(ValueError, match="The input has a column 'id' already: name another --embedding_column"):
+            parts.write(0, window(ROWS), VECTORS)
+
+
 def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
     for name, message in {
         "a.csv": "--output must end in one of .parquet, .npy, .lance, got .*a.csv",

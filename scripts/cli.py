@@ -1,5 +1,6 @@
-"""How a command ends: with an exit code, and without a traceback for what is no fault of its own."""
+"""What all commands share: how they end, with an exit code and no traceback for a user's error, and types of arguments."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -33,3 +34,10 @@ def exit_code(
         print(f"{name}: error: {' '.join(str(error).split()) if one_line else error}", file=sys.stderr)
         return 2
     return 0
+
+
+def positive(value: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not value.isdecimal() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
+    return int(value)
