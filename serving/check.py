@@ -96,7 +96,7 @@ def onnx(model: str, precision: str) -> tuple[Encode, dict | None]:
     from serving.onnx_runtime import Causal2VecONNX
 
     loaded = Causal2VecONNX(model)
-    return lambda texts, instruction: loaded.encode(texts, instruction=instruction), None
+    return lambda texts, instruction: loaded.encode(texts, instruction=instruction), loaded.config["fingerprint"]
 
 
 def server(model: str, precision: str) -> tuple[Encode, dict | None]:

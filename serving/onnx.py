@@ -62,6 +62,8 @@ def export(
     from serving.check import TOLERANCE
     from serving.loading import load_model
 
+    if float32 and not int8:
+        raise ValueError("`float32` names what int8 leaves as it is; without int8 all of the graph is float32.")
     loaded = load_model(model, revision=revision, device="cpu")
     dim = loaded.config.embedding_size if truncate_dim is None else truncate_dim
     check_truncate_dim(dim, loaded.config.embedding_size)
@@ -354,9 +356,12 @@ def module_of(node) -> str:
 
 
 def save_graph(graph, file: Path) -> None:
-    """Writes a graph, with weights in a file of their own where one protobuf could not hold them."""
+    """Writes a graph without what torch notes of its making, weights in a file of their own where one could not hold them."""
     import onnx
 
+    body = graph.graph
+    for part in (graph, body, *body.node, *body.initializer, *body.input, *body.output):
+        del part.metadata_props[:]
     large = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > LIMIT
     onnx.save(graph, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
 

@@ -62,13 +62,9 @@ class Causal2VecONNX:
             self._encoder.encode_special_tokens = True
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
-        self.session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
         self._prefix_shape = next((i.shape for i in self.session.get_inputs() if i.name == "prefix"), None)
-        self._prefixes: dict[
-            tuple[int, ...], np.ndarray
-        ] = {}  # ids -> (layers, 2, 1, key_value_heads, length, head_dim)
+        self._prefixes: dict = {}  # ids -> keys and values (layers, 2, 1, key_value_heads, length, head_dim)
 
     def encode(
         self,
@@ -82,13 +78,7 @@ class Causal2VecONNX:
         truncate_dim: int | None = None,
         truncation: str = "warn",
     ) -> np.ndarray:
-        """
-        As `Causal2VecModel.encode`: fp32 of shape `(len(texts), dim)`, or `(dim,)` for a single string.
-
-        Raises:
-            TypeError: something that should be a string is not.
-            ValueError: an argument cannot work; says which and what would.
-        """
+        """As `Causal2VecModel.encode`: fp32 of shape `(len(texts), dim)`, or `(dim,)` for a single string."""
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         dim = self.config["embedding_size"] if truncate_dim is None else truncate_dim
@@ -98,9 +88,8 @@ class Causal2VecONNX:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if truncation not in ("warn", "error", "silent"):
             raise ValueError(f"`truncation` must be 'warn', 'error' or 'silent', got {truncation!r}.")
-        instructions = (
-            [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
-        )
+        one = instruction is None or isinstance(instruction, str)
+        instructions = [instruction] * len(texts) if one else list(instruction)
         if len(instructions) != len(texts):
             raise ValueError(f"Expected one instruction or {len(texts)}, one per text, got {len(instructions)}.")
         for value in [*texts, *(value for value in instructions if value is not None)]:
@@ -152,14 +141,13 @@ class Causal2VecONNX:
         encoder_room = config["encoder_max_seq_length"] - len(before) - len(behind)
         rows = []
         for value, ids, its_encoder_ids in zip(instructions, decoder_ids, encoder_ids):
-            prefix, behind_slots = parts[value]
-            slots = [config["contextual_token_id"]] * config["num_slots"]
-            fixed = len(prefix) + len(slots) + len(behind_slots) + len(config["suffix_ids"])
+            prefix, slots = parts[value]
+            fixed = len(prefix) + len(slots) + len(config["suffix_ids"])
             room = limit - fixed
             if room < 1:
                 raise ValueError(f"max_length={limit} leaves no room for text; use at least {fixed + 1}.")
             cut = ("decoder",) * (len(ids) > room)
-            ids = [*slots, *behind_slots, *ids[:room], *config["suffix_ids"]]
+            ids = [*slots, *ids[:room], *config["suffix_ids"]]
             if its_encoder_ids is not None:
                 cut += ("encoder",) * (len(its_encoder_ids) > encoder_room)
                 its_encoder_ids = [*before, *its_encoder_ids[:encoder_room], *behind]
@@ -167,8 +155,9 @@ class Causal2VecONNX:
         return rows
 
     def _encode_parts(self, instruction: str | None, examples) -> tuple[list[int], list[int]]:
-        """Ids before the slot, and ids between the slot and the text."""
+        """Ids before the slots, and those of the slots and of what stands between them and the text."""
         template, bos = self.config["template_prefix"], self.config["bos_ids"]
+        slots = [self.config["contextual_token_id"]] * self.config["num_slots"]
         user_part = "".join(
             f"<instruct>{example.get('instruction', instruction or '')}\n<query>{example['query']}\n"
             f"<response>{example['response']}\n\n"
@@ -176,11 +165,11 @@ class Causal2VecONNX:
         )
         user_part = _clean(user_part + (instruction or ""))
         if self.config["contextual_position"] == "before_instruction":
-            return bos + _encode(self._trusted, [template])[0], _encode(self._plain, [user_part])[0]
+            return bos + _encode(self._trusted, [template])[0], slots + _encode(self._plain, [user_part])[0]
         prefix = template + user_part
         if any(prefix.count(token) != template.count(token) for token in self._control_tokens):
-            return bos + _encode(self._trusted, [template])[0] + _encode(self._plain, [user_part])[0], []
-        return bos + _encode(self._trusted, [prefix])[0], []
+            return bos + _encode(self._trusted, [template])[0] + _encode(self._plain, [user_part])[0], slots
+        return bos + _encode(self._trusted, [prefix])[0], slots
 
     def _run(self, rows: list[Row]) -> np.ndarray:
         """Rows of one prefix to vectors `(len(rows), embedding_size)`. The first to read a prefix leaves it to the others."""

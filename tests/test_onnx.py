@@ -168,8 +168,9 @@ def test_int8(int8_dir, float32_dir, tiny_model):
         assert cosines(found, tiny_model.encode(TEXTS, instruction=instruction)).min() > 0.98
         alone = [runtime.encode(text, instruction) for text in TEXTS]
         assert cosines(found, np.stack(alone)).min() > 0.9999  # the texts beside it do not change a vector
-    sizes = [(folder / "model.onnx").stat().st_size for folder in (int8_dir, float32_dir)]
-    assert sizes[0] < sizes[1]
+    files = [(folder / "model.onnx").read_bytes() for folder in (int8_dir, float32_dir)]
+    assert len(files[0]) < len(files[1])
+    assert not any(str(ROOT).encode() in file or b"site-packages" in file for file in files)  # no path of this machine
     config = json.loads((int8_dir / "onnx_config.json").read_text(encoding="utf-8"))
     assert config["weights"] == "int8" and config["check"]["cosine"] >= 0.98
 
@@ -194,32 +195,33 @@ def test_int8_is_everywhere_but_where_float32_is_asked_for(graph, tiny_model):
         quantize(copy.deepcopy(graph), {}, words, ["encoder", "decoder.layers.7"])
 
 
-def test_balanced_channels_lose_less(graph, tiny_model, float32_dir, tmp_path):
-    """One channel of the decoder's that is a thousand times the others takes all steps, unless it is balanced."""
-    from onnx import numpy_helper
+def test_balanced_channels_lose_less():
+    """One channel that is a thousand times the others takes all of a token's steps, unless it is balanced."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
 
-    changed = copy.deepcopy(graph)
-    (norm,) = [t for t in changed.graph.initializer if t.name.endswith("decoder.layers.0.input_layernorm.weight")]
-    scale = numpy_helper.to_array(norm).copy()
-    scale[3] *= 1000
-    norm.CopyFrom(numpy_helper.from_array(scale, norm.name))
-    layers = [n for n in changed.graph.node if n.op_type == "MatMul" and "layers.0.self_attn" in module_of(n)]
-    weights = {tensor.name: tensor for tensor in changed.graph.initializer}
-    layers = [node for node in layers if node.input[1] in weights and not module_of(node).endswith("o_proj")]
-    assert len(layers) == 3
-    for node in layers:
-        values = numpy_helper.to_array(weights[node.input[1]]).copy()
-        values[3] /= 1000
-        weights[node.input[1]].CopyFrom(numpy_helper.from_array(values, node.input[1]))
-    maxima = {module_of(node): scale * 3 for node in layers}
-    expected, found = tiny_model.encode(TEXTS), []
-    shutil.copytree(float32_dir, tmp_path / "model")
-    for largest in ({}, maxima):
-        model = copy.deepcopy(changed)
-        quantize(model, largest, [])
-        save_graph(model, tmp_path / "model" / "model.onnx")
-        found.append(cosines(Causal2VecONNX(tmp_path / "model").encode(TEXTS), expected).mean())
-    assert 1 - found[1] < 0.5 * (1 - found[0])
+    generator = np.random.default_rng(0)
+    sizes = np.where(np.arange(32) == 3, 1000, 1).astype(np.float32)
+    weight = generator.normal(size=(32, 16)).astype(np.float32) / sizes[:, None]
+    x = generator.normal(size=(4, 5, 32)).astype(np.float32) * sizes
+    layer = helper.make_node("MatMul", ["x", "weight"], ["y"])
+    layer.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'model', 'model.decoder.layer', 'linear']")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "length", size])
+        for name, size in (("x", 32), ("y", 16))
+    ]
+    graph = helper.make_graph([layer], "graph", ends[:1], ends[1:], [numpy_helper.from_array(weight, "weight")])
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+    losses = []
+    for maxima in ({}, {"decoder.layer": np.abs(x).max((0, 1))}):
+        model = copy.deepcopy(plain)
+        quantize(model, maxima, [])
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        rows = session.run(None, {"x": x})[0]
+        assert np.array_equal(session.run(None, {"x": x[:1, :2]})[0], rows[:1, :2])  # one scale per token
+        losses.append(np.abs(rows - x @ weight).max() / np.abs(x @ weight).max())
+    assert losses[0] > 0.2 and losses[1] < 0.02
 
 
 def test_neither_torch_nor_transformers(float32_dir, int8_dir, tiny_model):
@@ -283,7 +285,8 @@ hostile = st.lists(pieces | st.text(max_size=8), max_size=8).map("".join)
 @pytest.fixture(scope="module", params=LAYOUTS)
 def two_ways(request, tiny_model, float32_dir, tmp_path_factory):
     """A processor, and a runtime that lays out rows as it should."""
-    settings_ = {"contextual_token_id": tiny_model.config.contextual_token_id, **LAYOUTS[request.param]}
+    settings_ = {"contextual_token_id": tiny_model.config.contextual_token_id, "icl_max_seq_length": 200}
+    settings_ |= LAYOUTS[request.param]
     old = tiny_model.processor
     processor = Causal2VecProcessor(old.tokenizer, old.encoder_tokenizer, **settings_)
     model = copy.copy(tiny_model)
@@ -352,8 +355,9 @@ def test_vectors_that_differ_leave_the_folder_as_it_was(float32_dir, saved_dir, 
     shutil.copytree(float32_dir, out := tmp_path / "out")
     assert main(["export", str(saved_dir), str(out)]) == 2
     assert "not the model's" in capsys.readouterr().err
-    before, after = ({p.name: p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (float32_dir, out))
-    assert before == after and len(after) == 5
+    files = [path.relative_to(float32_dir) for path in float32_dir.rglob("*") if path.is_file()]
+    assert len(files) == len([path for path in out.rglob("*") if path.is_file()]) == 5
+    assert all((out / file).read_bytes() == (float32_dir / file).read_bytes() for file in files)
 
 
 def test_weights_that_one_file_cannot_hold(graph, float32_dir, runtime, tmp_path, monkeypatch):
@@ -361,7 +365,7 @@ def test_weights_that_one_file_cannot_hold(graph, float32_dir, runtime, tmp_path
     shutil.copytree(float32_dir, out := tmp_path / "out")
     (out / "model.onnx").unlink()
     save_graph(copy.deepcopy(graph), out / "model.onnx")
-    assert (out / "model.onnx.data").stat().st_size > 4 * (out / "model.onnx").stat().st_size / 10
+    assert (out / "model.onnx.data").stat().st_size > 100_000
     assert np.array_equal(Causal2VecONNX(out, num_threads=1).encode(TEXTS), runtime.encode(TEXTS))
 
 
