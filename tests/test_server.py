@@ -22,7 +22,7 @@ import pytest
 from app_server import running, wait_until
 from conftest import ROOT, TEXTS
 
-from serving import check, loading, server
+from serving import check, server
 from serving.batching import Job
 from serving.server import Limits, bind, create_app
 
@@ -510,7 +510,7 @@ def test_a_failure_of_the_model_is_told(tiny_model):
 def main_thread(tiny_model, monkeypatch):
     """Runs the command here with the tiny model, while a function of a client runs in a thread, and ends it by a signal."""
     listeners = []
-    monkeypatch.setattr(loading, "load_model", lambda *arguments: tiny_model)
+    monkeypatch.setattr(server, "load_model", lambda *arguments: tiny_model)
     monkeypatch.setattr(server, "bind", lambda *arguments: listeners.append(bind(*arguments)) or listeners[0])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -613,7 +613,7 @@ def test_what_stops_the_command_is_told_before_a_model_is_loaded(capsys, monkeyp
     assert "port 99999" in error_of(capsys, "--port", "99999")
     assert "no-such-host.invalid" in error_of(capsys, "--host", "no-such-host.invalid")
     assert str(tmp_path / "none") in error_of(capsys, "--port", "0", "--model", str(tmp_path / "none"))
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(server, "load_model", lambda *_: pytest.fail("was loaded"))
     monkeypatch.setenv(server.KEY_VARIABLE, "")
     assert server.KEY_VARIABLE in error_of(capsys, "--port", "0")
     monkeypatch.delenv(server.KEY_VARIABLE)
