@@ -36,6 +36,15 @@ TEXTS = [
     "Definition of summit for English language learners: the highest point of a mountain.",
 ]
 
+
+def pytest_configure(config) -> None:
+    """What other packages warn each other of is theirs; a deprecated call in a file of this repository is an error."""
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests"}
+    modules = "|".join([path.stem for path in ROOT.glob("*.py")] + [rf"{name}\..+" for name in folders])
+    for category in ("DeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}:({modules})$")
+
+
 FP32_BOUND = 1e-5  # of any number of an unnormalised embedding, whose numbers are about 1
 SAME = 1e-6  # the same computation; where weights lie in memory may still change a last bit
 
