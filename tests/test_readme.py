@@ -117,7 +117,7 @@ def test_files_are_searched_and_encoded(clone):
 
 
 def test_a_newcomers_model_can_be_pushed(clone):
-    (block,) = [code for code in snippets("bash") if f"training.card {TRAINED}" in code]
+    (block,) = [code for code in snippets("bash") if f"push_to_hub {TRAINED}" in code]
     lines = block.splitlines()
     assert lines[2] == lines[1].split(" --dry_run")[0]  # the same without --dry_run, which test_hub.py tests
     told = run_bash("\n".join(lines[:2]), clone)
