@@ -1,6 +1,6 @@
 """Embeds real sentences with `serving.corpus` on this machine while parts of it are killed, and checks what is left.
 
-    python -m benchmarks.corpus --data_dir ../shared/data/corpus --output benchmarks/results/corpus.json
+    python -m benchmarks.corpus --data_dir TEXTS --output benchmarks/results/corpus.json
 
 One job over all sentences is cut off four times: an actor, the driver, the raylet and the GCS get SIGKILL, in this order,
 each after another fifth of the rows; the same command then goes on. At the end every id must be there exactly once, and a

@@ -1,6 +1,6 @@
 """What one text costs: Causal2Vec and the methods it is compared with, side by side (Causal2Vec, section 4.4).
 
-    python -m benchmarks.encode --data_dir ../shared/data/eval --examples_dir ../shared/spec/icl_examples
+    python -m benchmarks.encode --data_dir EVAL_PACKS --examples_dir ICL_EXAMPLES
     python -m benchmarks.encode --redraw benchmarks/results/cuda-7b.json
 
 All methods read the same texts and instructions with the same decoder, in the same batches, sorted by length and padded

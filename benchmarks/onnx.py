@@ -1,7 +1,7 @@
 """What an ONNX export costs and loses beside torch in float32: speed, memory, size and quality, in one run.
 
-    python -m benchmarks.onnx --data_dir ../shared/data/eval
-    python -m benchmarks.onnx --data_dir ../shared/data/eval --documents 0 \\
+    python -m benchmarks.onnx --data_dir EVAL_PACKS
+    python -m benchmarks.onnx --data_dir EVAL_PACKS --documents 0 \\
         --encoder bases/all-MiniLM-L6-v2 --decoder bases/SmolLM2-135M-Instruct --name onnx-135m    # untrained: no quality
 
 Each engine is a process of its own with one thread; they take turns, and of all rounds the fastest counts. Times are

@@ -1,6 +1,6 @@
 """What smaller vectors lose: float32, float16, int8 and binary, at full and truncated dimensions.
 
-    python -m benchmarks.storage --data_dir ../shared/data/eval --output benchmarks/results/storage
+    python -m benchmarks.storage --data_dir EVAL_PACKS --output benchmarks/results/storage
     python -m benchmarks.storage --redraw benchmarks/results/storage
 
 Texts are embedded once; every variant is made from those vectors, documents and queries alike, by sentence-transformers'

@@ -1,8 +1,8 @@
 """What search loses when vectors are stored smaller or indexed: recall of the exact ten nearest documents, per store.
 
-    python -m benchmarks.corpus --data_dir ../shared/data/corpus --folder work
+    python -m benchmarks.corpus --data_dir TEXTS --folder work
     python -m benchmarks.stores --vectors work/out
-    python -m benchmarks.stores --data_dir ../shared/data/eval --fill ../shared/data/corpus
+    python -m benchmarks.stores --data_dir EVAL_PACKS --fill TEXTS
 
 Documents are the first rows of what `serving.corpus` has written, queries the rows behind them; or documents and queries
 are those of a retrieval pack, filled up with sentences of a text corpus. They are loaded by `serving.loaders` at each size

@@ -7,7 +7,7 @@ what differs is the training loop. Each measurement is a process of its own (its
 take turns, and the first step of each, a warm-up, is not counted. Quote the ratio: both sides of it were measured in one
 run, on a machine that may be busy.
 
-    python -m benchmarks.train --data_dir ../shared/data/train
+    python -m benchmarks.train --data_dir TRAIN
 
 Prints a table and, as its last line, JSON; writes train.json and train.png to benchmarks/results/.
 """
@@ -186,7 +186,7 @@ def report(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="checkpoint to train; default: the bundled one")
-    parser.add_argument("--data_dir", default="../shared/data/train", help="folder of the training files")
+    parser.add_argument("--data_dir", required=True, help="folder of the training files")
     parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/bundled.json with hard negatives")
     parser.add_argument("--batch_size", type=int, default=128, help="rows per step")
     parser.add_argument("--mini_batch_size", type=int, default=32, help="rows embedded at a time")
