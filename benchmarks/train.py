@@ -186,7 +186,7 @@ def report(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT), help="checkpoint to train; default: the bundled one")
-    parser.add_argument("--data_dir", required=True, help="folder of the training files")
+    parser.add_argument("--data_dir", default=".", help="folder of the training files (default: the working directory)")
     parser.add_argument("--dataset", default="medquad", help="dataset of recipes/data/bundled.json with hard negatives")
     parser.add_argument("--batch_size", type=int, default=128, help="rows per step")
     parser.add_argument("--mini_batch_size", type=int, default=32, help="rows embedded at a time")
