@@ -74,8 +74,8 @@ class Packing:
 
     Args:
         lengths (list of `int`): Tokens per row, without padding.
-        prefix ([`SharedPrefix`], *optional*): The prefix that all rows follow. windows (list, *optional*): The
-        attention window of each decoder layer; filled in.
+        prefix ([`SharedPrefix`], *optional*): The prefix that all rows follow.
+        windows (list, *optional*): The attention window of each decoder layer; filled in.
     """
 
     lengths: list[int]

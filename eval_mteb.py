@@ -164,8 +164,8 @@ def load_encoder(args: argparse.Namespace, tasks: Sequence) -> MTEBEncoder:
     The wrapper around `--model` for these tasks.
 
     Raises:
-        ValueError: a task has no instruction, or an option does not apply to this kind of model. FileNotFoundError: the
-        model or the examples are missing.
+        ValueError: a task has no instruction, or an option does not apply to this kind of model.
+        FileNotFoundError: the model or the examples are missing.
     """
     location = locate(args.model, args.revision, args.name)
     only_ours = {

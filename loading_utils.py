@@ -70,7 +70,7 @@ class PretrainedMixin:
 
         Raises:
             ValueError: weights or adapter weights are missing, unexpected or damaged, the adapter names no base, or the
-            folder holds no Causal2Vec model.
+                folder holds no Causal2Vec model.
         """
         attention = kwargs.get("attn_implementation")
         if isinstance(attention, dict) and not set(attention) <= {"", *cls.config_class.sub_configs}:
@@ -236,11 +236,12 @@ class PretrainedMixin:
                 pooling (appendix C.3), also one that was saved as an adapter.
             dtype (`str` or `torch.dtype`, *optional*): The dtype of the whole model. Defaults to the decoder's.
             contextual_token (`str`): The placeholder for the Contextual token. If the decoder's tokenizer lacks it, it
-            is added and the embedding matrix is resized. encoder_kwargs, decoder_kwargs (`dict`, *optional*): Arguments
-            for the two `from_pretrained` calls, such as `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file":
-            NAME}` reads model and tokenizer from that GGUF file, dequantised to float32 unless `dtype` says otherwise.
+                is added and the embedding matrix is resized.
+            encoder_kwargs, decoder_kwargs (`dict`, *optional*): Arguments for the two `from_pretrained` calls, such as
+                `{"revision": ..., "attn_implementation": ...}`. `{"gguf_file": NAME}` reads model and tokenizer from
+                that GGUF file, dequantised to float32 unless `dtype` says otherwise.
             config_kwargs: Fields of [`Causal2VecConfig`]. `template_prefix` and `template_suffix` default to the entry
-            of `PROMPT_TEMPLATES` that matches the decoder's chat template.
+                of `PROMPT_TEMPLATES` that matches the decoder's chat template.
 
         Example:
 

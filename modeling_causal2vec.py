@@ -297,17 +297,20 @@ class Causal2VecModel(Causal2VecPreTrainedModel):
             encoder_ids (`(batch, encoder_seq_len)`): The texts for the encoder.
             encoder_attention_mask (`(batch, encoder_seq_len)`, *optional*): 1 for real tokens.
             encoder_embedding (*optional*): A precomputed result of `get_encoder_embedding`; `encoder_ids` are then
-            ignored. prefix_ids (`(1, prefix_len)`, *optional*): The shared beginning of all rows, read once;
-            `input_ids` then hold the rest, padded on the right. See `return_prefix_ids` of `model.processor`.
-            past_key_values (`Cache`, *optional*): Keys and values of the tokens before `input_ids`. use_cache (`bool`):
-            Return the decoder's keys and values. output_last_hidden_state (`bool`): Return the decoder's last hidden
-            state. packed (`bool`, *optional*): With `prefix_ids`, skip padding in both towers: the decoder's rows are
-            joined into one, the encoder's grouped by length. Defaults to `True` on a CPU without gradients, where it is
-            faster. kwargs: Passed on to the decoder.
+                ignored.
+            prefix_ids (`(1, prefix_len)`, *optional*): The shared beginning of all rows, read once; `input_ids` then
+                hold the rest, padded on the right. See `return_prefix_ids` of `model.processor`.
+            past_key_values (`Cache`, *optional*): Keys and values of the tokens before `input_ids`.
+            use_cache (`bool`): Return the decoder's keys and values.
+            output_last_hidden_state (`bool`): Return the decoder's last hidden state.
+            packed (`bool`, *optional*): With `prefix_ids`, skip padding in both towers: the decoder's rows are joined
+                into one, the encoder's grouped by length. Defaults to `True` on a CPU without gradients, where it is
+                faster.
+            kwargs: Passed on to the decoder.
 
         Raises:
             ValueError: a row has the wrong number of slots, neither `encoder_ids` nor `encoder_embedding` is given, or
-            arguments contradict each other.
+                arguments contradict each other.
         """
         on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu:

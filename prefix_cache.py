@@ -64,8 +64,8 @@ class PrefixCache:
 
     Args:
         max_bytes (`int`, defaults to 256 MiB): Limit for all cached keys and values; 0 or `None` turns sharing off.
-        max_entries (`int`, defaults to 64): Limit for the number of prefixes; 0 or `None` turns sharing off. min_tokens
-        (`int`, defaults to 4): Prefixes shorter than this are not shared.
+        max_entries (`int`, defaults to 64): Limit for the number of prefixes; 0 or `None` turns sharing off.
+        min_tokens (`int`, defaults to 4): Prefixes shorter than this are not shared.
 
     `hits` and `misses` count lookups, one per batch, since the last `clear`. All three limits can be changed at any
     time. A copied or pickled model starts with an empty cache with the same limits.
@@ -164,9 +164,8 @@ class _SlidingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, sliding_window: int, length: int):
         super().__init__(sliding_window)
-        DynamicLayer.lazy_initialization(
-            self, keys, values
-        )  # the sliding layer's own version copies a scalar to the device
+        # The sliding layer's own version copies a scalar to the device.
+        DynamicLayer.lazy_initialization(self, keys, values)
         self.keys, self.values, self.cumulative_length = keys, values, length
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -389,8 +388,10 @@ def _sample(tensors: Sequence[torch.Tensor], tensors_read: int = 24, numbers_rea
 
 @contextmanager
 def weights_read_once() -> Iterator[None]:
-    """Samples the weights' values for the first batch only, since reading them waits for the accelerator. Every batch still
-    checks addresses, version counters and adapters."""
+    """
+    Samples the weights' values for the first batch only, since reading them waits for the accelerator. Every batch still
+    checks addresses, version counters and adapters.
+    """
     token = _SAMPLES.set({})
     try:
         yield

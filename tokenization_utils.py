@@ -63,7 +63,7 @@ class Causal2VecProcessor(ProcessorMixin):
 
     Raises:
         ValueError: a tokenizer has no vocabulary, the decoder's has no EOS token, or the slot's id is also used by
-        text, template or padding.
+            text, template or padding.
     """
 
     def __init__(
@@ -146,16 +146,16 @@ class Causal2VecProcessor(ProcessorMixin):
         """
         Args:
             texts (`str` or list of `str`): The texts to embed; a string is a batch of one. Any string is accepted.
-            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text. examples (list of
-            `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` with an optional
-            `"instruction"` of its own; they become part of the prefix. A list of such lists gives each text its own
-            examples. max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to
-            `max_seq_length`, with
+            instruction (`str` or list of `str`, *optional*): The task, for all texts or one per text.
+            examples (list of `dict`, *optional*): In-context examples, each `{"query": ..., "response": ...}` with an
+                optional `"instruction"` of its own; they become part of the prefix. A list of such lists gives each
+                text its own examples.
+            max_length (`int`, *optional*): Limit of the decoder's row in tokens. Defaults to `max_seq_length`, with
                 examples to `icl_max_seq_length`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): As everywhere in transformers.
             truncation (`bool`, defaults to `True`): Cut texts that are too long; `False` refuses them.
             return_prefix_ids (`bool`, defaults to `False`): Return the prefix that all rows share separately, so that
-            `forward` reads it once. Rows are then padded on the right.
+                `forward` reads it once. Rows are then padded on the right.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (batch, seq_len) for the decoder, `encoder_ids` and
@@ -163,9 +163,9 @@ class Causal2VecProcessor(ProcessorMixin):
             with `return_prefix_ids` also `prefix_ids` (1, prefix_len), of length 0 where rows begin differently.
 
         Raises:
-            TypeError: an argument that should be a string is not, or `max_length` is not an integer. ValueError: the
-            number of instructions differs from that of texts, the prefix leaves no room for text, or a text is too long
-            and `truncation=False`.
+            TypeError: an argument that should be a string is not, or `max_length` is not an integer.
+            ValueError: the number of instructions differs from that of texts, the prefix leaves no room for text, or a
+                text is too long and `truncation=False`.
         """
         rows = self.rows(texts, instruction, examples, max_length)
         if not truncation:

@@ -670,7 +670,7 @@ def load(args, decoder_config: str | None, dtype: str | None = None) -> Causal2V
 def main(arguments: list[str] | None = None) -> dict:
     args = parse_arguments(arguments)
     if args.redraw:
-        results = json.loads(Path(args.redraw).read_text())
+        results = read_json(args.redraw)
         results["ratios"] = find_ratios(results)
         write_report(results, Path(args.redraw).parent, Path(args.redraw).stem)
         return results

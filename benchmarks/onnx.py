@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.local_data import folder_revision, own_cache
-from saving_utils import write_json
+from saving_utils import read_json, write_json
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> dict:
             if not (where / "onnx_config.json").is_file():
                 export(source, where, int8=weights == "int8", min_cosine=0 if args.decoder else None)
             folders[f"onnx {weights}"] = str(where)
-            checks[f"onnx {weights}"] = json.loads((where / "onnx_config.json").read_text(encoding="utf-8"))["check"]
+            checks[f"onnx {weights}"] = read_json(where / "onnx_config.json")["check"]
             sizes[f"onnx {weights}"] = sum(file.stat().st_size for file in where.glob("model.onnx*"))
         engines = {}
         for name, where in folders.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.corpus import read_sentences, read_vectors
-from saving_utils import write_json
+from saving_utils import read_json, write_json
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def vectors_of(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[s
     from training.dev import load_pack
 
     model = load_model(args.model)
-    instructions = json.loads((ROOT / "instructions.json").read_text(encoding="utf-8"))
+    instructions = read_json(ROOT / "instructions.json")
     pack = load_pack(str(args.data_dir / args.pack), instructions.get(args.pack, model.config.query_instruction))
     pack.corpus += read_sentences(args.fill, args.documents - len(pack.corpus))
     queries, documents = (side.numpy() for side in pack.embed(model, truncation="silent"))

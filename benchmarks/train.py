@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from evaluation.plots import new_figure, save_figure
-from saving_utils import write_json
+from saving_utils import read_json, write_json
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +203,7 @@ def main() -> None:
         return
     path = RESULTS / "train.json"
     if args.redraw:
-        result = json.loads(path.read_text())
+        result = read_json(path)
     else:
         if args.bf16 is None:
             import torch

@@ -28,8 +28,8 @@ class Instructions:
     The instruction of a task and a side. Queries and texts of symmetric tasks have one, documents have none.
 
     Args:
-        table: Task name -> instruction, or a dict with `query` and `document` for the two sides. source: The origin of
-        the table, for error messages.
+        table: Task name -> instruction, or a dict with `query` and `document` for the two sides.
+        source: The origin of the table, for error messages.
     """
 
     def __init__(self, table: Mapping[str, str | dict], source: str = "the table"):
@@ -209,9 +209,11 @@ class MTEBEncoder:
     Args:
         backend: The model.
         mteb_model_meta: mteb's description of it. Name and revision are its identity.
-        settings: Everything else that a vector depends on, and the model's display name (`label`). instruction_for:
-        Maps a task's metadata and a side to an instruction. examples_for: Maps a task's metadata and an instruction to
-        in-context examples. batch_size: Texts per forward pass. cache_dir: Folder of the vector cache; none by default.
+        settings: Everything else that a vector depends on, and the model's display name (`label`).
+        instruction_for: Maps a task's metadata and a side to an instruction.
+        examples_for: Maps a task's metadata and an instruction to in-context examples.
+        batch_size: Texts per forward pass.
+        cache_dir: Folder of the vector cache; none by default.
         noise: What to append to every text.
     """
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from saving_utils import write_json
+from saving_utils import read_json, write_json
 from scripts.tables import Rows, needs
 from serving.precision import arrow_type
 from serving.vectors import fingerprint_file, with_fingerprint, write_fingerprint
@@ -55,7 +55,7 @@ class Parts:
         made = self.folder / "settings.json"
         if not made.exists():
             write_json(made, settings)
-        elif (found := json.loads(made.read_text(encoding="utf-8"))) != json.loads(json.dumps(settings)):
+        elif (found := read_json(made)) != json.loads(json.dumps(settings)):
             names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
             raise ValueError(
                 f"{output} was begun with another {' and another '.join(names)}. Go on with the same, or remove "

@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from evaluation.report import replace_table
-from saving_utils import write_json, write_text
+from saving_utils import read_json, write_json, write_text
 from scripts.cli import exit_code
 
 
@@ -169,7 +169,7 @@ def write_golden(path: Path, golden: dict) -> None:
 def read_golden(path: Path) -> dict:
     """Raises ValueError unless these are golden vectors."""
     try:
-        golden = json.loads(path.read_text(encoding="utf-8"))
+        golden = read_json(path)
         if golden.keys() >= {"fingerprint", "tolerance", "rows"}:
             return golden
     except (OSError, ValueError, AttributeError) as error:
@@ -252,7 +252,7 @@ def check(args: argparse.Namespace) -> int:
                 versions[name] = version(name)
             except PackageNotFoundError:
                 continue
-        figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
+        figures = read_json(FIGURES) if FIGURES.is_file() else {}
         record = {
             "precision": args.precision,
             "difference": difference,

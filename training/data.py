@@ -39,13 +39,14 @@ class DatasetSpec:
     One entry of a data file.
 
     Args:
-        name (`str`): The name in logs and errors. path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the
-        data directory or to where the command runs,
+        name (`str`): The name in logs and errors.
+        path (`str`): A .jsonl, .jsonl.gz or .parquet file, relative to the data directory or to where the command runs,
             or a Hub dataset id.
         instructions (list of `str`): For its queries; several alternate from batch to batch.
-        symmetric (list of `str`): Those instructions under which documents carry the instruction too. sample_ratio
-        (`float`): Share of its rows that an epoch uses, drawn anew each epoch. When streaming, its weight relative to
-        the other datasets. license (`str`, *optional*): For the model's card.
+        symmetric (list of `str`): Those instructions under which documents carry the instruction too.
+        sample_ratio (`float`): Share of its rows that an epoch uses, drawn anew each epoch. When streaming, its weight
+            relative to the other datasets.
+        license (`str`, *optional*): For the model's card.
     """
 
     name: str
@@ -134,8 +135,8 @@ def read_rows(path: str, skip_bad_rows: bool = False) -> Iterator[dict]:
     Yields the normalised rows of a .jsonl, .jsonl.gz or .parquet file.
 
     Raises:
-        BadRow: at the first unusable row; with `skip_bad_rows` such rows are counted and logged instead. OSError: the
-        file cannot be read, or is damaged.
+        BadRow: at the first unusable row; with `skip_bad_rows` such rows are counted and logged instead.
+        OSError: the file cannot be read, or is damaged.
     """
     return _checked(_raw_rows(path), path, skip_bad_rows)
 
@@ -197,8 +198,8 @@ def load_rows(spec: DatasetSpec, data_dir: str, cache_dir: str, skip_bad_rows: b
 
     Raises:
         BadRow, OSError: see `read_rows`.
-        FileNotFoundError: no such file in `data_dir`, and the path does not look like a Hub id. ValueError: no usable
-        row.
+        FileNotFoundError: no such file in `data_dir`, and the path does not look like a Hub id.
+        ValueError: no usable row.
     """
     import datasets
 
@@ -252,8 +253,8 @@ def find_file(spec: DatasetSpec, data_dir: str) -> str | None:
     The file of a dataset, in `data_dir` or the working directory, or `None` if its path is a Hub id.
 
     Raises:
-        FileNotFoundError: no such file, and the path does not look like a Hub id. ValueError: the file has another
-        suffix.
+        FileNotFoundError: no such file, and the path does not look like a Hub id.
+        ValueError: the file has another suffix.
     """
     path = os.path.join(data_dir, spec.path)
     if os.path.isfile(path):

@@ -24,8 +24,8 @@ class InfoNCE(torch.nn.Module):
     Args:
         temperature (`float`, defaults to 0.05): tau.
         matryoshka_dims (list of `int`, *optional*): Embedding sizes, truncated as by `encode`'s `truncate_dim`; the
-        loss is the mean over all sizes. embedding_size (`int`, *optional*): The configuration's, to refuse larger sizes
-        at once.
+            loss is the mean over all sizes.
+        embedding_size (`int`, *optional*): The configuration's, to refuse larger sizes at once.
 
     Raises:
         ValueError: the temperature is not positive, or a size is not possible.
@@ -165,9 +165,9 @@ def gradcache_backward(
     Args:
         embed: From one mini-batch to embeddings `(rows, dim)`.
         loss_from: From one `(all rows, dim)` tensor per group to the loss.
-        groups: The mini-batches of each group (queries, documents). backward: How a scalar is sent backward, such as
-        `accelerator.backward`. no_sync: Context in which gradients are not reduced over ranks; entered for all
-        mini-batches but the last.
+        groups: The mini-batches of each group (queries, documents).
+        backward: How a scalar is sent backward, such as `accelerator.backward`.
+        no_sync: Context in which gradients are not reduced over ranks; entered for all mini-batches but the last.
 
     Returns:
         The loss, without a graph.

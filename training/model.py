@@ -55,7 +55,7 @@ def choose_parameters(model: Causal2VecModel, args: ModelArguments):
 
     Raises:
         ValueError: one tower would be trained with LoRA and the other in full, the encoder does not exist, or the
-        method is unknown.
+            method is unknown.
     """
     towers = {"encoder": args.train_encoder, "decoder": args.train_decoder}
     if model.encoder is None and towers.pop("encoder") != "frozen":

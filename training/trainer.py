@@ -28,9 +28,9 @@ class Causal2VecTrainer(Trainer):
     Args:
         loss ([`InfoNCE`]): The loss.
         sampler ([`SingleDatasetBatchSampler`], *optional*): Yields all batches of the run, which Trainer sees as one
-        epoch. `None` when `train_dataset` is [`StreamedBatches`]. dev_sets (list): Objects with a `name` and
-        `score(model)`; see training/dev.py. mini_batch_size (`int`, *optional*): With GradCache, the number of rows
-        embedded at a time.
+            epoch. `None` when `train_dataset` is [`StreamedBatches`].
+        dev_sets (list): Objects with a `name` and `score(model)`; see training/dev.py.
+        mini_batch_size (`int`, *optional*): With GradCache, the number of rows embedded at a time.
     """
 
     def __init__(self, *args, loss: InfoNCE, sampler, dev_sets=(), mini_batch_size: int | None = None, **kwargs):
@@ -169,7 +169,7 @@ def find_checkpoint(args: Causal2VecTrainingArguments) -> str | None:
 
     Raises:
         ValueError: without `--resume`, the output folder holds another run; with it, a finished model but no complete
-        checkpoint.
+            checkpoint.
     """
     checkpoint = last_complete_checkpoint(args.output_dir)
     if args.resume and checkpoint is not None:
