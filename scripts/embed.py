@@ -111,7 +111,7 @@ def index(args: argparse.Namespace) -> None:
     found = walk(args.files)
     errors = dict(found.unreadable)
     with locked(args.db):
-        there = Index(args.db) if Path(args.db).exists() else None
+        there = Index(args.db, writes=True) if Path(args.db).exists() else None
         model = load_model(args.model, args.dtype, args.revision)
         limits = {"max_length": args.max_length, "truncate_dim": args.truncate_dim}
         quiet = {"batch_size": args.batch_size, "truncation": "silent", "show_progress_bar": False}

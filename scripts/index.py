@@ -22,6 +22,7 @@ from serving.vectors import KEY, check_fingerprint
 
 
 BATCH = 512  # passages that are embedded and written at a time
+CACHE = 2**26  # bytes of what LanceDB remembers of a table while it is written; by default that grows with the table
 KEPT = timedelta(minutes=10)  # how long a search that is under way finds what has been replaced
 TOKENS = b"causal2vec.passage_tokens"
 FTS_COLUMN, VECTOR_COLUMN = "text", "vector"
@@ -47,17 +48,19 @@ class Index:
 
     Args:
         path: The folder `DIR/NAME.lance`.
+        writes: Whether more is written than searched, which needs no large cache.
 
     Raises:
         ValueError: there is no such table, it is damaged, or it is not one of passages.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, writes: bool = False):
         lancedb, self.path = needs("lancedb", "lancedb", "Indexes"), check_name(path)
         if not self.path.is_dir():
             raise ValueError(f'There is no index {path}. Make it: python -m scripts.embed index FOLDER --db "{path}"')
+        session = lancedb.Session(index_cache_size_bytes=CACHE, metadata_cache_size_bytes=CACHE) if writes else None
         try:
-            self.table = lancedb.connect(self.path.parent).open_table(self.path.stem)
+            self.table = lancedb.connect(self.path.parent, session=session).open_table(self.path.stem)
             metadata = self.table.schema.metadata or {}
             self.fingerprint, self.tokens = json.loads(metadata[KEY]), int(metadata[TOKENS])
         except (KeyError, ValueError, OSError, RuntimeError) as error:
@@ -87,7 +90,7 @@ class Index:
         metadata = {KEY: json.dumps(fingerprint), TOKENS: str(tokens)}
         table = lancedb.connect(name.parent).create_table(name.stem, schema=pa.schema(fields, metadata=metadata))
         table.create_index(FTS_COLUMN, config=FTS())
-        return cls(path)
+        return cls(path, writes=True)
 
     def check(self, fingerprint: dict, ignore: Sequence[str] = ()) -> None:
         """Raises ValueError unless vectors of this fingerprint can be compared with those of the table."""
