@@ -32,7 +32,7 @@ from training.data import (
 )
 from training.dev import held_out, load_pack
 from training.losses import InfoNCE
-from training.model import choose_parameters, keep_base, load_model, name_of_base, whole_model
+from training.model import choose_parameters, keep_base, load_model, name_of_base, scale_projector, whole_model
 from training.outputs import describe, save_results, show_batch
 from training.trainer import Causal2VecTrainer, MarkComplete, find_checkpoint
 
@@ -71,10 +71,6 @@ def run(
     set_seed(args.seed)
     data, dev_sets = load_data(data_args, args, cache_dir)
     base = load_model(model_args)
-    if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
-        keep_base(base, output / "base", args, resuming=checkpoint is not None)
-    loss = InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size)
-    model = choose_parameters(base, model_args)
     mini_batch_size = args.per_device_train_batch_size if args.gradcache else None
     rows_per_batch = args.per_device_train_batch_size
     if args.gradcache:
@@ -99,6 +95,12 @@ def run(
             batches.num_global_batches = math.ceil(args.num_train_epochs * batches.global_batches_per_epoch)
             args.max_steps = batches.num_global_batches
         first = collator([data[key] for key in next(iter(batches))])
+    if model_args.contextual_token_norm is not None:
+        scale_projector(base, first["documents"], model_args.contextual_token_norm)
+    if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
+        keep_base(base, output / "base", args, resuming=checkpoint is not None)
+    loss = InfoNCE(args.temperature, args.matryoshka_dims, base.config.embedding_size)
+    model = choose_parameters(base, model_args)
     plan = describe(model, batches, first, args)
     if args.dry_run:
         print(json.dumps(plan, indent=1))

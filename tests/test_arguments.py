@@ -62,8 +62,9 @@ def test_recipes_parse(path, monkeypatch):
     model, data, args = train.parse([str(path), "--bf16", "false", "--use_cpu", "true"])
     assert (model.encoder and model.decoder) or model.model
     assert (ROOT / data.data_file).exists()
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
-    assert args.scheduler_steps == 2 * args.max_steps
+    if not path.stem.endswith("-cpu"):  # what two cores can do is not the paper's
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 512
+        assert args.scheduler_steps == 2 * args.max_steps
 
 
 @pytest.mark.parametrize(

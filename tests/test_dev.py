@@ -30,9 +30,9 @@ def test_an_sts_pack(tmp_path):
     rows = [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs]
     dev = load_pack(pack(tmp_path / "STS", default=rows), "find")
     assert isinstance(dev, STSDev) and dev.name == "STS"
-    assert dev.score(Letters()) == pytest.approx(1.0)
+    assert dev.compare(*dev.embed(Letters())) == pytest.approx(1.0)
     dev.gold.reverse()
-    assert dev.score(Letters()) == pytest.approx(-1.0)
+    assert dev.compare(*dev.embed(Letters())) == pytest.approx(-1.0)
     assert len(load_pack(str(tmp_path / "STS"), "find", limit=2).first) == 2
 
 
@@ -49,7 +49,7 @@ def test_a_retrieval_pack(tmp_path):
     dev = load_pack(pack(tmp_path / "Retrieval", **configs), "find")
     assert isinstance(dev, RetrievalDev)
     assert dev.queries == ["cab", "aabbcc"] and dev.corpus == ["abc", "x yz"]
-    assert dev.score(Letters()) == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert dev.compare(*dev.embed(Letters())) == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
 @pytest.mark.parametrize("again", ["packs", "elsewhere"])

@@ -4,9 +4,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXTS
 
 from training.arguments import ModelArguments
-from training.model import choose_parameters, load_model, name_of_base
+from training.model import choose_parameters, load_model, name_of_base, scale_projector
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gemma3"])  # Gemma multiplies what it looks up
+def test_a_new_projector_is_scaled_to_the_words(make_model, decoder):
+    model = make_model(decoder)
+    documents = dict(model.processor(TEXTS))
+    before = model.projector(model.get_encoder_embedding(documents["encoder_ids"], documents["encoder_attention_mask"]))
+    scale_projector(model, documents, 2.0)
+    after = model.projector(model.get_encoder_embedding(documents["encoder_ids"], documents["encoder_attention_mask"]))
+    ids = [id for row in model.processor(TEXTS)["input_ids"].tolist() for id in row]
+    real = [id for id, is_real in zip(ids, documents["attention_mask"].flatten().tolist()) if is_real]
+    words = torch.tensor([id for id in real if id != model.config.contextual_token_id])
+    expected = 2 * model.decoder(input_ids=words[None], output_hidden_states=True).hidden_states[0].norm(dim=-1).mean()
+    assert after.norm(dim=-1).mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.nn.functional.cosine_similarity(before, after).min() > 1 - 1e-5
+
+
+def test_what_cannot_be_scaled(make_model):
+    documents = dict(make_model().processor(TEXTS))
+    for model, ratio in ((make_model(), 0.0), (make_model(baseline="last_token"), 1.0)):
+        with pytest.raises(ValueError, match="positive, and needs a projector"):
+            scale_projector(model, documents, ratio)
 
 
 def test_lora_stays_in_its_tower(make_model):

@@ -313,6 +313,8 @@ def test_variants_train_like_the_default(run, tmp_path, flags):
     folder = run("--max_steps", 2, "--max_examples", 2, "--dev_rows", 10, "--eval_strategy", "steps", *flags)
     assert len(losses(folder.parent)) == 2
     trained = Causal2VecModel.from_pretrained(folder)
+    has_both_states = trained.config.baseline is None and trained.config.pooling == "concat"
+    assert all(bool(logged(folder.parent, f"eval_{state}")) == has_both_states for state in ("contextual", "eos"))
     for name, value in zip(flags, flags[1:]):
         if hasattr(trained.config, str(name)[2:]):
             assert getattr(trained.config, name[2:]) == (True if name == "--bidirectional" else value)

@@ -78,6 +78,13 @@ class ModelArguments:
     num_contextual_tokens: int | None = field(
         default=None, metadata={"help": "Contextual tokens; several by cross-attention. Default: 1. Without --model."}
     )
+    contextual_token_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Scale a new projector so that Contextual tokens start at this many times the norm of the decoder's "
+            "word embeddings. Default: not scaled. Without --model."
+        },
+    )
     bidirectional: bool = field(
         default=False, metadata={"help": "Let the decoder's attention look both ways. Without --model."}
     )

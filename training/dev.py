@@ -32,12 +32,10 @@ class STSDev:
         return first, model.encode(self.second, instruction=self.instruction, convert_to_tensor=True, **kwargs)
 
     def compare(self, first: torch.Tensor, second: torch.Tensor) -> float:
+        """The score of vectors of length 1."""
         from scipy.stats import spearmanr
 
         return float(spearmanr((first * second).sum(-1), self.gold).statistic)
-
-    def score(self, model, **kwargs) -> float:
-        return self.compare(*self.embed(model, **kwargs))
 
 
 @dataclass
@@ -56,11 +54,9 @@ class RetrievalDev:
         return queries, model.encode(self.corpus, convert_to_tensor=True, **kwargs)
 
     def compare(self, queries: torch.Tensor, corpus: torch.Tensor) -> float:
+        """The score of vectors of length 1."""
         best = (queries @ corpus.T).argsort(dim=1, descending=True, stable=True)[:, :10]  # (queries, 10)
         return ndcg_at_10(best.tolist(), self.relevant)
-
-    def score(self, model, **kwargs) -> float:
-        return self.compare(*self.embed(model, **kwargs))
 
 
 def ndcg_at_10(ranked: Sequence[Sequence[int]], relevant: Sequence[set[int]]) -> float:

@@ -26,7 +26,11 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
     names = ("baseline", "pooling", "contextual_position", "num_contextual_tokens", "bidirectional")
     names += ("template_prefix", "template_suffix", "query_instruction", "text_prefix")
     names += ("max_seq_length", "icl_max_seq_length", "encoder_max_seq_length")
-    changed = [name for name in (*names, "decoder_gguf_file") if getattr(args, name) not in (None, False, "")]
+    changed = [
+        name
+        for name in (*names, "decoder_gguf_file", "contextual_token_norm")
+        if getattr(args, name) not in (None, False, "")
+    ]
     if args.model is not None and changed:
         raise ValueError(f"With --model, what the model is stays as it is; leave out --{' --'.join(changed)}.")
     attention = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
@@ -44,6 +48,30 @@ def load_model(args: ModelArguments) -> Causal2VecModel:
             **settings,
         )
     return model
+
+
+@torch.no_grad()
+def scale_projector(model: Causal2VecModel, documents: dict[str, torch.Tensor], ratio: float) -> None:
+    """
+    Scales a new projector so that the Contextual tokens of these documents have, on average, `ratio` times the norm of
+    their word embeddings. The paper does not say how the projector starts; drawn with the usual standard deviation of
+    0.02 its tokens are a fifth as long as SmolLM2's words, and the first normalisation makes their gradients huge.
+
+    Args:
+        documents: The processor's tensors, `input_ids` and `attention_mask` `(batch, seq_len)`, those of the encoder alike.
+
+    Raises:
+        ValueError: the ratio is not positive, or the model has no projector.
+    """
+    if ratio <= 0 or model.projector is None:
+        raise ValueError(f"--contextual_token_norm must be positive, and needs a projector; got {ratio}.")
+    ids, mask = documents["input_ids"], documents["attention_mask"].bool()
+    words = model.get_input_embeddings()(ids[mask & (ids != model.config.contextual_token_id)])  # (words, hidden_size)
+    vectors = model.get_encoder_embedding(documents["encoder_ids"], documents["encoder_attention_mask"])
+    tokens = model.projector(vectors)  # (batch, hidden_size)
+    scale = ratio * words.norm(dim=-1).mean() / tokens.norm(dim=-1).mean()
+    for parameter in model.projector.linear_2.parameters():
+        parameter.mul_(scale)
 
 
 def choose_parameters(model: Causal2VecModel, args: ModelArguments):

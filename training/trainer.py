@@ -5,8 +5,10 @@ transformers' Trainer with single-dataset batches, InfoNCE, GradCache and checkp
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 
@@ -29,7 +31,7 @@ class Causal2VecTrainer(Trainer):
         loss ([`InfoNCE`]): The loss.
         sampler ([`SingleDatasetBatchSampler`], *optional*): Yields all batches of the run, which Trainer sees as one
             epoch. `None` when `train_dataset` is [`StreamedBatches`].
-        dev_sets (list): Objects with a `name` and `score(model)`; see training/dev.py.
+        dev_sets (list): Scored by `evaluate`, whole embeddings and each of their two states; see training/dev.py.
         mini_batch_size (`int`, *optional*): With GradCache, the number of rows embedded at a time.
     """
 
@@ -114,9 +116,16 @@ class Causal2VecTrainer(Trainer):
         # What is trained is float32; beside frozen weights of another dtype it is so only under autocast, as in training.
         mixed = len({weight.dtype for weight in model.parameters()}) > 1
         with self.accelerator.autocast() if mixed else nullcontext():
-            scores = {dev.name: dev.score(model, batch_size=batch_size) for dev in self.dev_sets}
-        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
-        metrics[f"{metric_key_prefix}_score"] = sum(scores.values()) / len(scores)
+            sides = [dev.embed(model, batch_size=batch_size) for dev in self.dev_sets]
+        scores = [dev.compare(*vectors) for dev, vectors in zip(self.dev_sets, sides)]
+        metrics = {f"{metric_key_prefix}_{dev.name}": score for dev, score in zip(self.dev_sets, scores)}
+        metrics[f"{metric_key_prefix}_score"] = mean(scores)
+        if model.config.baseline is None and model.config.pooling == "concat":
+            states = [list(zip(*map(model.split_states, vectors))) for vectors in sides]
+            for number, name in enumerate(("contextual", "eos")):
+                halves = [[F.normalize(state, dim=-1) for state in pair[number]] for pair in states]
+                half_scores = [dev.compare(*vectors) for dev, vectors in zip(self.dev_sets, halves)]
+                metrics[f"{metric_key_prefix}_{name}"] = mean(half_scores)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
