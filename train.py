@@ -95,7 +95,7 @@ def run(
             batches.num_global_batches = math.ceil(args.num_train_epochs * batches.global_batches_per_epoch)
             args.max_steps = batches.num_global_batches
         first = collator([data[key] for key in next(iter(batches))])
-    if model_args.contextual_token_norm is not None:
+    if model_args.contextual_token_norm is not None and base.projector is not None:
         scale_projector(base, first["documents"], model_args.contextual_token_norm)
     if model_args.model is None and "lora" in (model_args.train_decoder, model_args.train_encoder) and not args.dry_run:
         keep_base(base, output / "base", args, resuming=checkpoint is not None)

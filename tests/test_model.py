@@ -25,11 +25,9 @@ def test_a_new_projector_is_scaled_to_the_words(make_model, decoder):
     assert torch.nn.functional.cosine_similarity(before, after).min() > 1 - 1e-5
 
 
-def test_what_cannot_be_scaled(make_model):
-    documents = dict(make_model().processor(TEXTS))
-    for model, ratio in ((make_model(), 0.0), (make_model(baseline="last_token"), 1.0)):
-        with pytest.raises(ValueError, match="positive, and needs a projector"):
-            scale_projector(model, documents, ratio)
+def test_a_scale_that_is_not_positive(make_model):
+    with pytest.raises(ValueError, match="contextual_token_norm must be positive, got 0"):
+        scale_projector(make_model(), dict(make_model().processor(TEXTS)), 0.0)
 
 
 def test_lora_stays_in_its_tower(make_model):

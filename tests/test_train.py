@@ -300,7 +300,7 @@ def test_deepspeed_is_refused(run, monkeypatch):
         ("--pooling", "eos_encoder", "--contextual_position", "before_instruction"),
         ("--num_contextual_tokens", 2, "--train_encoder", "lora"),
         ("--bidirectional", "--pooling", "eos", "--gradient_checkpointing", "true"),
-        ("--baseline", "last_token"),
+        ("--baseline", "last_token", "--contextual_token_norm", 1.0),
         ("--baseline", "embedding_concat", "--train_encoder", "lora", "--matryoshka_dims", 20),
         ("--baseline", "token_prepending", "--gradcache", "--gradient_accumulation_steps", 2),
         ("--baseline", "token_prepending", "--train_decoder", "full", "--gradient_checkpointing", "true"),

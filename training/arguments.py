@@ -82,7 +82,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Scale a new projector so that Contextual tokens start at this many times the norm of the decoder's "
-            "word embeddings. Default: not scaled. Without --model."
+            "word embeddings. Default: not scaled. Without --model. Not read where there is no projector."
         },
     )
     bidirectional: bool = field(

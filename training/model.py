@@ -61,10 +61,10 @@ def scale_projector(model: Causal2VecModel, documents: dict[str, torch.Tensor], 
         documents: The processor's tensors, `input_ids` and `attention_mask` `(batch, seq_len)`, those of the encoder alike.
 
     Raises:
-        ValueError: the ratio is not positive, or the model has no projector.
+        ValueError: the ratio is not positive.
     """
-    if ratio <= 0 or model.projector is None:
-        raise ValueError(f"--contextual_token_norm must be positive, and needs a projector; got {ratio}.")
+    if ratio <= 0:
+        raise ValueError(f"--contextual_token_norm must be positive, got {ratio}.")
     ids, mask = documents["input_ids"], documents["attention_mask"].bool()
     words = model.get_input_embeddings()(ids[mask & (ids != model.config.contextual_token_id)])  # (words, hidden_size)
     vectors = model.get_encoder_embedding(documents["encoder_ids"], documents["encoder_attention_mask"])
