@@ -117,15 +117,15 @@ class Causal2VecTrainer(Trainer):
         mixed = len({weight.dtype for weight in model.parameters()}) > 1
         with self.accelerator.autocast() if mixed else nullcontext():
             sides = [dev.embed(model, batch_size=batch_size) for dev in self.dev_sets]
-        scores = [dev.compare(*vectors) for dev, vectors in zip(self.dev_sets, sides)]
+        scores = [dev.compare(*pair) for dev, pair in zip(self.dev_sets, sides)]
         metrics = {f"{metric_key_prefix}_{dev.name}": score for dev, score in zip(self.dev_sets, scores)}
         metrics[f"{metric_key_prefix}_score"] = mean(scores)
         if model.config.baseline is None and model.config.pooling == "concat":
-            states = [list(zip(*map(model.split_states, vectors))) for vectors in sides]
             for number, name in enumerate(("contextual", "eos")):
-                halves = [[F.normalize(state, dim=-1) for state in pair[number]] for pair in states]
-                half_scores = [dev.compare(*vectors) for dev, vectors in zip(self.dev_sets, halves)]
-                metrics[f"{metric_key_prefix}_{name}"] = mean(half_scores)
+                states = [[F.normalize(model.split_states(side)[number], dim=-1) for side in pair] for pair in sides]
+                metrics[f"{metric_key_prefix}_{name}"] = mean(
+                    dev.compare(*pair) for dev, pair in zip(self.dev_sets, states)
+                )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
